@@ -343,6 +343,11 @@ class Task(Generic[ContextT]):
     async def stop(self) -> None:
         """Called once after the last step; open orders stay as they are."""
 
+    def resume(self) -> None:
+        """Called when an operator resumes the task: leave a pause that the task had entered by itself."""
+        if self.context.state == TradingStrategyState.PAUSED:
+            self._transition(TradingStrategyState.EXECUTING)
+
     async def _handle_not_started(self) -> None:
         self._transition(TradingStrategyState.IDLE)
 

@@ -22,6 +22,7 @@ __all__ = [
     "OutcomeUnknownError",
     "QueryFailedError",
     "RecordCorruptError",
+    "SimulationStuckError",
     "StateDamagedError",
     "StateLockedError",
     "StateNotWritableError",
@@ -252,3 +253,16 @@ class CommandError(NightdeskError):
     """A command could not be carried out; the text is for the operator."""
 
     exit_code = 2
+
+
+class SimulationStuckError(NightdeskError):
+    """Under the virtual clock nothing is ready, no timer is set, and nothing outside is under way."""
+
+    def __init__(self, time_s: float, waiting: Iterable[str]) -> None:
+        self.time_s, self.waiting = time_s, list(waiting)
+        names = ", ".join(self.waiting[:10]) or "none"
+        more = f" and {len(self.waiting) - 10} more" if len(self.waiting) > 10 else ""
+        super().__init__(
+            f"the simulation stands still at {time_s:.6f} s: no timer is set and nothing can wake a task "
+            f"(waiting: {names}{more}). Give one of them a timeout, or call `hold()` around work outside the loop."
+        )

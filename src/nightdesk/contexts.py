@@ -30,7 +30,13 @@ class Checkpoints:
     dictionary (design 4). What is not taken by a switch is written `flush_s` later.
     """
 
-    def __init__(self, clock: Clock, save: Callable[[Batch], Awaitable[None]], *, flush_s: float = 0.02) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        save: Callable[[Batch], Awaitable[None]],
+        *,
+        flush_s: float = 0.02,
+    ) -> None:
         self._clock = clock
         self._save = save
         self._flush_s = flush_s
@@ -49,7 +55,11 @@ class Checkpoints:
             return False
         self._last[context.task_id] = body
         data = encode_context(
-            context, type=type_name, schema=task.schema_version, saved_ns=self._clock.now_ns(), epoch=epoch
+            context,
+            type=type_name,
+            schema=task.schema_version,
+            saved_ns=self._clock.now_ns(),
+            epoch=epoch,
         )
         self.put(Put("context", context.task_id, data, shelf_of(context.state)))
         return True
@@ -58,7 +68,9 @@ class Checkpoints:
         """Remember an encoded record; it is durable soon, or at the next switch."""
         self._changed[record.key] = record
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._flush_s, self._flush)
+            self._timer = asyncio.get_running_loop().call_later(
+                self._flush_s, self._flush
+            )
 
     def forget(self, task_id: str) -> None:
         """Drop what is remembered of a removed task."""

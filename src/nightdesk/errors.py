@@ -12,6 +12,8 @@ __all__ = [
     "CommandError",
     "ConfigError",
     "DeskHaltedError",
+    "DeskNotRunningError",
+    "DeskSilentError",
     "DuplicateTaskError",
     "FieldError",
     "MissingExtraError",
@@ -253,6 +255,30 @@ class CommandError(NightdeskError):
     """A command could not be carried out; the text is for the operator."""
 
     exit_code = 2
+
+
+class DeskNotRunningError(NightdeskError):
+    """A command needs a desk, and none runs in this state directory."""
+
+    exit_code = 3
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        super().__init__(
+            f"no desk is running in {directory}. Start one with `nightdesk run`, or name another directory with `--state DIR`."
+        )
+
+
+class DeskSilentError(NightdeskError):
+    """A desk is there and does not answer. Says what is known of it."""
+
+    def __init__(self, directory: str, verb: str, waited_s: float, pid: int | None) -> None:
+        self.directory, self.verb, self.pid = directory, verb, pid
+        process = f" (process {pid})" if pid else ""
+        super().__init__(
+            f"the desk in {directory}{process} did not answer {verb!r} within {waited_s:g} s. "
+            "Its loop may be blocked: see log.jsonl there. `nightdesk halt` stops trading all the same."
+        )
 
 
 class SimulationStuckError(NightdeskError):

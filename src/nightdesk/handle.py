@@ -27,7 +27,9 @@ MAX_PRIVATE_BYTES = 1024 * 1024
 class LocalDesk:
     """`abc.Desk` for one task. Reads are plain look-ups; writes go through the gate and the store."""
 
-    def __init__(self, desk: "TradingDesk", task_id: str, checkpoint: Callable[[], None]) -> None:
+    def __init__(
+        self, desk: "TradingDesk", task_id: str, checkpoint: Callable[[], None]
+    ) -> None:
         self._desk = desk
         self._checkpoint = checkpoint
         self.task_id = task_id
@@ -43,7 +45,9 @@ class LocalDesk:
     async def cancel(self, client_order_id: str) -> Order:
         order = self._desk.orders.order(client_order_id)
         if order is None or order.task_id != self.task_id:
-            raise NightdeskError(f"order {client_order_id!r} is not one of task {self.task_id!r}; it can only cancel its own")
+            raise NightdeskError(
+                f"order {client_order_id!r} is not one of task {self.task_id!r}; it can only cancel its own"
+            )
         return await self._desk.orders.cancel(client_order_id)
 
     def orders(self) -> list[Order]:
@@ -82,7 +86,11 @@ class LocalDesk:
 
     async def save(self, key: str, data: bytes) -> None:
         if len(data) > MAX_PRIVATE_BYTES:
-            raise CapacityError(f"private data {key!r} of task {self.task_id!r}", MAX_PRIVATE_BYTES, "nothing was saved")
+            raise CapacityError(
+                f"private data {key!r} of task {self.task_id!r}",
+                MAX_PRIVATE_BYTES,
+                "nothing was saved",
+            )
         await self._desk.store.save([Put("private", f"{self.task_id}/{key}", data)])
 
     async def load(self, key: str) -> bytes | None:

@@ -69,9 +69,7 @@ class HostService:
     def alert(self, task_id: str, level: str, text: str) -> None:
         self._desk.alert(level, task_id or "background hosts", text)
 
-    def log(
-        self, task_id: str, level: str, text: str, fields: dict[str, Any]
-    ) -> None:
+    def log(self, task_id: str, level: str, text: str, fields: dict[str, Any]) -> None:
         write = getattr(self._desk.log, level, self._desk.log.info)
         write(text, task=task_id, **fields)
 
@@ -82,9 +80,7 @@ class HostService:
         self._desk.alert("critical", task_id, f"cannot run in its host: {text}")
 
     def on_health_changed(self, task_id: str, health: TaskHealth) -> None:
-        self._desk.checkpoints.put(
-            Put("health", task_id, msgspec.json.encode(health))
-        )
+        self._desk.checkpoints.put(Put("health", task_id, msgspec.json.encode(health)))
 
     def on_finished(self, task_id: str) -> None:
         self._desk.log.info("task finished", task=task_id, runs_in="background")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from nightdesk import reports
 from nightdesk.errors import CommandError, UnknownTaskError
 from nightdesk.model.order import Order, Side
-from nightdesk import reports
 from nightdesk.reports import iso
 from nightdesk.telemetry.logs import recent_logs
 
@@ -39,7 +39,9 @@ def verbs() -> list[str]:
     return sorted(_VERBS)
 
 
-async def perform(desk: "TradingDesk", verb: str, arguments: dict[str, Any], actor: str, reason: str) -> dict[str, Any]:
+async def perform(
+    desk: "TradingDesk", verb: str, arguments: dict[str, Any], actor: str, reason: str
+) -> dict[str, Any]:
     """Carry out `verb` and return its reply, JSON-able.
 
     Raises:
@@ -61,25 +63,31 @@ def _limit(arguments: dict[str, Any], default: int = 50) -> int:
     try:
         return max(1, min(int(arguments.get("limit") or default), 10_000))
     except (TypeError, ValueError):
-        raise CommandError(f"limit is {arguments.get('limit')!r}, expected a number from 1 to 10000") from None
+        raise CommandError(
+            f"limit is {arguments.get('limit')!r}, expected a number from 1 to 10000"
+        ) from None
 
 
 # --- looking ------------------------------------------------------------------------------------------
 
 
 @_verb
-async def _do_status(desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str) -> Any:
+async def _do_status(
+    desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
+) -> Any:
     return reports.snapshot(desk)
 
 
 @_verb
-async def _do_tasks(desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str) -> Any:
+async def _do_tasks(
+    desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
+) -> Any:
     return {"tasks": [_task_line(desk, health) for health in reports.health(desk)]}
 
 
 def _task_line(desk: "TradingDesk", health: Any) -> dict[str, Any]:
     line: dict[str, Any] = msgspec.to_builtins(health)
-    local = desk.tasks.get(health.task_id)
+    local = desk.roster.local.get(health.task_id)
     if local is not None:
         line["state"] = local.task.context.state
     line["next_run"] = iso(health.next_run_ns)
@@ -89,7 +97,9 @@ def _task_line(desk: "TradingDesk", health: Any) -> dict[str, Any]:
 
 
 @_verb
-async def _do_task__show(desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str) -> Any:
+async def _do_task__show(
+    desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
+) -> Any:
     task_id = _task_id(arguments)
     for health in reports.health(desk):
         if health.task_id == task_id:
@@ -97,11 +107,15 @@ async def _do_task__show(desk: "TradingDesk", arguments: dict[str, Any], actor: 
             break
     else:
         raise UnknownTaskError(task_id, [h.task_id for h in reports.health(desk)])
-    local = desk.tasks.get(task_id)
+    local = desk.roster.local.get(task_id)
     if local is not None:
         line["context"] = msgspec.to_builtins(local.task.context, enc_hook=str)
-        line["history"] = [{"at": iso(ns), "state": state} for ns, state in local.history]
-        line["orders"] = [_order_line(order) for order in desk.orders.orders_of(task_id)[-20:]]
+        line["history"] = [
+            {"at": iso(ns), "state": state} for ns, state in local.history
+        ]
+        line["orders"] = [
+            _order_line(order) for order in desk.orders.orders_of(task_id)[-20:]
+        ]
     line["waits_at"] = desk.scheduler.await_stack(task_id)
     return line
 
@@ -129,24 +143,40 @@ def _order_line(order: Order) -> dict[str, Any]:
 
 
 @_verb
-async def _do_orders(desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str) -> Any:
-    found = desk.orders.open_orders() if arguments.get("open_only") else desk.orders.recent(_limit(arguments))
+async def _do_orders(
+    desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
+) -> Any:
+    found = (
+        desk.orders.open_orders()
+        if arguments.get("open_only")
+        else desk.orders.recent(_limit(arguments))
+    )
     return {"orders": [_order_line(order) for order in found[-_limit(arguments) :]]}
 
 
 @_verb
-async def _do_fills(desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str) -> Any:
+async def _do_fills(
+    desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
+) -> Any:
     fills = desk.orders.fills(_limit(arguments))
-    return {"fills": [{**msgspec.to_builtins(fill), "at": iso(fill.ts_event_ns)} for fill in fills]}
+    return {
+        "fills": [
+            {**msgspec.to_builtins(fill), "at": iso(fill.ts_event_ns)} for fill in fills
+        ]
+    }
 
 
 @_verb
-async def _do_trades(desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str) -> Any:
+async def _do_trades(
+    desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
+) -> Any:
     return {"trades": (await _do_fills(desk, arguments, actor, reason))["fills"]}
 
 
 @_verb
-async def _do_positions(desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str) -> Any:
+async def _do_positions(
+    desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
+) -> Any:
     lines = []
     for position in desk.positions.all():
         quote = desk.quotes.get(f"{position.symbol}@{position.venue}")
@@ -157,40 +187,56 @@ async def _do_positions(desk: "TradingDesk", arguments: dict[str, Any], actor: s
             {
                 **msgspec.to_builtins(position),
                 "mark_price": mark,
-                "unrealized_pnl": position.unrealized_pnl(mark) if mark is not None else None,
+                "unrealized_pnl": position.unrealized_pnl(mark)
+                if mark is not None
+                else None,
             }
         )
     return {"positions": lines}
 
 
 @_verb
-async def _do_opportunities(desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str) -> Any:
+async def _do_opportunities(
+    desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
+) -> Any:
     traces = list(desk.switch.traces)[-_limit(arguments) :]
     return {
         "opportunities": [
-            {**msgspec.to_builtins(trace), "switch_us": round(trace.switch_us, 1), "at": iso(trace.ts_event_ns)}
+            {
+                **msgspec.to_builtins(trace),
+                "switch_us": round(trace.switch_us, 1),
+                "at": iso(trace.ts_event_ns),
+            }
             for trace in traces
         ]
     }
 
 
 @_verb
-async def _do_performance(desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str) -> Any:
+async def _do_performance(
+    desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
+) -> Any:
     return reports.money(desk)
 
 
 @_verb
-async def _do_logs(desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str) -> Any:
+async def _do_logs(
+    desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
+) -> Any:
     return {
         "logs": recent_logs(
-            task_id=arguments.get("task_id"), level=arguments.get("level"), limit=_limit(arguments, default=100)
+            task_id=arguments.get("task_id"),
+            level=arguments.get("level"),
+            limit=_limit(arguments, default=100),
         )
     }
 
 
 @_verb
-async def _do_workers(desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str) -> Any:
-    return {"hosts": desk.hosts.describe() if desk.hosts else []}
+async def _do_workers(
+    desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
+) -> Any:
+    return {"hosts": desk.roster.hosts.describe() if desk.roster.hosts else []}
 
 
 # --- tasks --------------------------------------------------------------------------------------------
@@ -199,14 +245,18 @@ async def _do_workers(desk: "TradingDesk", arguments: dict[str, Any], actor: str
 def _task_id(arguments: dict[str, Any]) -> str:
     task_id = arguments.get("task_id")
     if not isinstance(task_id, str) or not task_id:
-        raise CommandError("this command needs a task, e.g. `nightdesk tasks show sell-btc`")
+        raise CommandError(
+            "this command needs a task, e.g. `nightdesk tasks show sell-btc`"
+        )
     return task_id
 
 
 def _steer(name: str) -> None:
-    async def act(desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str) -> Any:
+    async def act(
+        desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
+    ) -> Any:
         task_id = _task_id(arguments)
-        await desk.steer(name, task_id)
+        await desk.roster.steer(name, task_id)
         await desk.audit(f"task.{name}", actor, reason, {"task_id": task_id})
         return {"task_id": task_id, "done": name}
 
@@ -219,12 +269,18 @@ for _name in ("start", "stop", "pause", "resume", "trigger"):
 
 
 @_verb
-async def _do_task__adjust(desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str) -> Any:
+async def _do_task__adjust(
+    desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
+) -> Any:
     task_id = _task_id(arguments)
-    changes = {name: value for name, value in arguments.items() if name != "task_id" and value is not None}
+    changes = {
+        name: value
+        for name, value in arguments.items()
+        if name != "task_id" and value is not None
+    }
     if not changes:
         raise CommandError("nothing to adjust: pass --every, --priority or --timeout")
-    await desk.adjust(task_id, changes)
+    await desk.roster.adjust(task_id, changes)
     await desk.audit("task.adjust", actor, reason, {"task_id": task_id, **changes})
     return {"task_id": task_id, "done": "adjust", **changes}
 
@@ -233,7 +289,9 @@ async def _do_task__adjust(desk: "TradingDesk", arguments: dict[str, Any], actor
 
 
 @_verb
-async def _do_halt(desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str) -> Any:
+async def _do_halt(
+    desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
+) -> Any:
     mode = str(arguments.get("mode") or "pause")
     if mode not in ("pause", "cancel", "flatten"):
         raise CommandError(f"halt mode is {mode!r}, expected pause, cancel or flatten")
@@ -245,26 +303,39 @@ async def _do_halt(desk: "TradingDesk", arguments: dict[str, Any], actor: str, r
             await desk.orders.cancel(order.client_order_id)
     if mode == "flatten":
         flattened = await desk.flatten()
-    return {"state": str(desk.gate.state), "mode": mode, "cancelled": cancelled, "flattened": flattened}
+    return {
+        "state": str(desk.gate.state),
+        "mode": mode,
+        "cancelled": cancelled,
+        "flattened": flattened,
+    }
 
 
 @_verb
-async def _do_resume_trading(desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str) -> Any:
+async def _do_resume_trading(
+    desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
+) -> Any:
     if not reason:
-        raise CommandError("resume-trading needs a reason: nightdesk resume-trading --reason 'positions compared, all equal'")
+        raise CommandError(
+            "resume-trading needs a reason: nightdesk resume-trading --reason 'positions compared, all equal'"
+        )
     await desk.gate.resume(reason, actor)
     return {"state": str(desk.gate.state)}
 
 
 @_verb
-async def _do_reconcile(desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str) -> Any:
+async def _do_reconcile(
+    desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
+) -> Any:
     report = await desk.orders.sweep()
     await desk.audit("reconcile", actor, reason, {})
     return {"report": report}
 
 
 @_verb
-async def _do_stop(desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str) -> Any:
+async def _do_stop(
+    desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
+) -> Any:
     await desk.audit("stop", actor, reason, {})
     desk.stopping.set()
     return {"stopping": True}

@@ -24,20 +24,24 @@ def iso(ns: int) -> str | None:
     """Return UTC nanoseconds as ISO-8601 with milliseconds; None for 0."""
     if not ns:
         return None
-    return datetime.fromtimestamp(ns / 1e9, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return (
+        datetime.fromtimestamp(ns / 1e9, UTC)
+        .isoformat(timespec="milliseconds")
+        .replace("+00:00", "Z")
+    )
 
 
 def health(desk: "TradingDesk") -> list[TaskHealth]:
     """Return every task's health: in the desk, in its hosts, and finished ones that are kept."""
     lines = desk.scheduler.health_all()
     for line in lines:
-        local = desk.tasks.get(line.task_id)
+        local = desk.roster.local.get(line.task_id)
         if local is not None:
             line.state = local.task.context.state
-    if desk.hosts is not None:
-        lines += desk.hosts.health()
+    if desk.roster.hosts is not None:
+        lines += desk.roster.hosts.health()
     seen = {line.task_id for line in lines}
-    for task_id, local in desk.tasks.items():
+    for task_id, local in desk.roster.local.items():
         if task_id not in seen:
             state = local.task.context.state
             lines.append(
@@ -56,7 +60,11 @@ def health(desk: "TradingDesk") -> list[TaskHealth]:
 
 def next_run_words(desk: "TradingDesk", task_id: str) -> str:
     """Return the next run in words, e.g. `paused until Mon 09:15 IST`."""
-    return desk.scheduler.next_run_in_words(task_id) if desk.scheduler.knows(task_id) else ""
+    return (
+        desk.scheduler.next_run_in_words(task_id)
+        if desk.scheduler.knows(task_id)
+        else ""
+    )
 
 
 def money(desk: "TradingDesk") -> dict[str, Any]:
@@ -65,7 +73,9 @@ def money(desk: "TradingDesk") -> dict[str, Any]:
     for position in desk.positions.all():
         quote = desk.quotes.get(f"{position.symbol}@{position.venue}")
         if quote is not None and position.quantity:
-            unrealized += position.unrealized_pnl(quote.bid if position.quantity > 0 else quote.ask)
+            unrealized += position.unrealized_pnl(
+                quote.bid if position.quantity > 0 else quote.ask
+            )
     realized = desk.positions.realized_pnl()
     fees = desk.positions.fees_in_quote()
     return {
@@ -97,12 +107,18 @@ def snapshot(desk: "TradingDesk") -> dict[str, Any]:
         "loop": type(desk.loop).__name__,
         "lanes": desk.lane_stats(),
         "degraded": bool(desk.watchdog and desk.watchdog.degraded),
-        "tasks": {"total": len(lines), "by_status": dict(Counter(line.status for line in lines))},
+        "tasks": {
+            "total": len(lines),
+            "by_status": dict(Counter(line.status for line in lines)),
+        },
         "offenders": [
             {**offender, "last_at": iso(offender["last_ns"])}
             for offender in sorted(desk.offenders.values(), key=lambda o: -o["last_ns"])
         ],
-        "switch": {**desk.switch.stats(), "last": [_trace(t) for t in list(desk.switch.traces)[-8:]]},
+        "switch": {
+            **desk.switch.stats(),
+            "last": [_trace(t) for t in list(desk.switch.traces)[-8:]],
+        },
         "orders": {
             "open": len(open_orders),
             "unknown": sum(order.status == "UNKNOWN" for order in open_orders),
@@ -113,10 +129,18 @@ def snapshot(desk: "TradingDesk") -> dict[str, Any]:
         "cache": desk.cache.stats(),
         "inbox": desk.inbox.stats(),
         "store": desk.store.stats(),
-        "hosts": desk.hosts.describe() if desk.hosts else [],
-        "sources": [{"name": name, "finished": source.finished} for name, source in desk.sources.items()],
-        "venues": [{"name": name, **venue.stats()} for name, venue in desk.venues.items()],
-        "quarantined": [{"kind": k, "key": key, "reason": why} for k, key, why in desk.store.quarantined()],
+        "hosts": desk.roster.hosts.describe() if desk.roster.hosts else [],
+        "sources": [
+            {"name": name, "finished": source.finished}
+            for name, source in desk.sources.items()
+        ],
+        "venues": [
+            {"name": name, **venue.stats()} for name, venue in desk.venues.items()
+        ],
+        "quarantined": [
+            {"kind": k, "key": key, "reason": why}
+            for k, key, why in desk.store.quarantined()
+        ],
         "alerts": list(desk.alerts)[-20:],
     }
 

@@ -78,7 +78,11 @@ async def _live(desk: TradingDesk, view: View | None) -> list[str]:
             raise
         if not desk.config.virtual_time:
             _listen_to_signals(desk)
-            server = ControlServer(Path(desk.config.state.directory) / "control.sock", desk.command, desk.clock)
+            server = ControlServer(
+                Path(desk.config.state.directory) / "control.sock",
+                desk.command,
+                desk.clock,
+            )
             await server.start()
             if view is not None:
                 showing = asyncio.ensure_future(view(desk))
@@ -108,7 +112,11 @@ def _listen_to_signals(desk: TradingDesk) -> None:
 
     def stop(name: str) -> None:
         if desk.stopping.is_set():
-            desk.log.warning("second signal: leaving at once", signal=name, note="everything acknowledged is on disk")
+            desk.log.warning(
+                "second signal: leaving at once",
+                signal=name,
+                note="everything acknowledged is on disk",
+            )
             os._exit(desk.exit_code)
         desk.log.info("stopping", signal=name)
         desk.stopping.set()
@@ -116,5 +124,3 @@ def _listen_to_signals(desk: TradingDesk) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, signal.Signals(number).name)
     loop.add_signal_handler(signal.SIGUSR1, desk.look_at_flag_file)
-
-

@@ -63,7 +63,9 @@ class SilentLog:
         return lambda text, **facts: self.lines.append((level, text, facts))
 
 
-def instrument(symbol: str = "BTC/USDT", venue: str = "A", **changes: Any) -> Instrument:
+def instrument(
+    symbol: str = "BTC/USDT", venue: str = "A", **changes: Any
+) -> Instrument:
     """The common fixture of T-1 to T-25."""
     facts: dict[str, Any] = {
         "symbol": symbol,
@@ -360,9 +362,7 @@ class FakeDesk:
         )
 
     def _change(self, order: Order, **changes: Any) -> Order:
-        order = msgspec.structs.replace(
-            order, updated_ns=self.clock.now, **changes
-        )
+        order = msgspec.structs.replace(order, updated_ns=self.clock.now, **changes)
         self.ledger[order.client_order_id] = order
         return order
 

@@ -100,7 +100,7 @@ def test_a_level_that_is_hidden_for_a_moment_is_not_new() -> None:
 
 
 def test_the_rest_of_a_market_order_waits_for_the_next_quotes_and_then_ends() -> None:
-    matching = engine(market_patience_ns=3 * SECOND)
+    matching = engine(market_patience_s=3)
 
     at_once = matching.submit(START, order("a", BUY, "3"))
     later = matching.on_quote(START + SECOND, quote("100.1", "100.3"))
@@ -152,7 +152,7 @@ def test_fok_fills_all_or_nothing() -> None:
 
 
 def test_a_stale_market_fills_nothing() -> None:
-    matching = engine(stale_after_ns=10 * SECOND)
+    matching = engine(stale_after_s=10)
     late = START + 11 * SECOND
 
     assert codes(matching.submit(late, order("a", BUY, "1"))) == ["NO_MARKET"]
@@ -160,7 +160,7 @@ def test_a_stale_market_fills_nothing() -> None:
 
 
 def test_an_order_that_missed_a_stale_market_meets_the_fresh_one_at_its_price_not_at_its_own() -> None:
-    matching = engine(stale_after_ns=10 * SECOND)
+    matching = engine(stale_after_s=10)
     late = START + 11 * SECOND
     matching.submit(late, order("a", BUY, "1", "105.0"))
 
@@ -170,7 +170,7 @@ def test_an_order_that_missed_a_stale_market_meets_the_fresh_one_at_its_price_no
 
 
 def test_a_post_only_order_needs_a_market_that_proves_it_passive() -> None:
-    matching = engine(stale_after_ns=10 * SECOND)
+    matching = engine(stale_after_s=10)
 
     rows = matching.submit(START + 11 * SECOND, order("p", BUY, "1", "99.0", post_only=True))
 
@@ -200,7 +200,7 @@ def test_an_order_restored_into_another_market_trades_inside_it() -> None:
 
 
 def test_an_order_that_missed_a_stale_market_meets_a_trade_at_the_trades_price() -> None:
-    matching = engine(stale_after_ns=10 * SECOND)
+    matching = engine(stale_after_s=10)
     late = START + 11 * SECOND
     matching.submit(late, order("a", BUY, "1", "105.0"))
 

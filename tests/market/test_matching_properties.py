@@ -69,7 +69,7 @@ class Run:
     """Feeds inputs to an engine and keeps the rows of each."""
 
     def __init__(self, **options: Any) -> None:
-        self.matching = MatchingEngine("A", [instrument(**options)], market_patience_ns=2 * SECOND)
+        self.matching = MatchingEngine("A", [instrument(**options)], market_patience_s=2)
         self.now = START
         self.sent = 0
         self.batches: list[tuple[Any, list[StatementRow]]] = [(None, self.matching.deposit(START, RICH))]

@@ -5,6 +5,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+
 from fakes.desk import (
     Crash,
     FakeDesk,
@@ -15,7 +16,6 @@ from fakes.desk import (
     settle,
     sides,
 )
-
 from nightdesk.model.events import QuoteChanged
 from nightdesk.model.order import Liquidity, OrderStatus, OrderType, Side
 from nightdesk.tasks.delta_neutral import DeltaNeutralContext, DeltaNeutralTask
@@ -71,7 +71,11 @@ async def test_t9_both_legs_as_maker_earn_exactly_0_25994() -> None:
     states += (await states_of(task, desk))[1:]
 
     c = task.context
-    assert (c.gross_pnl, c.fees_paid, c.net_pnl) == (D("0.3000"), D("0.04006"), D("0.25994"))
+    assert (c.gross_pnl, c.fees_paid, c.net_pnl) == (
+        D("0.3000"),
+        D("0.04006"),
+        D("0.25994"),
+    )
     assert c.filled_quantity == {Side.BUY: D("1.000"), Side.SELL: D("1.000")}
     assert states == [
         "NOT_STARTED",
@@ -87,7 +91,9 @@ async def test_t9_both_legs_as_maker_earn_exactly_0_25994() -> None:
     assert (c.close_reason, c.residual_delta, desk.alerts) == ("COMPLETED", 0, [])
 
 
-async def test_t10_the_lagging_leg_is_completed_at_market_after_its_cancel_is_proved() -> None:
+async def test_t10_the_lagging_leg_is_completed_at_market_after_its_cancel_is_proved() -> (
+    None
+):
     desk = two_venues()
     task = await running(desk)
     desk.fill(desk.only_open("A"), "0.500")
@@ -160,7 +166,11 @@ async def test_t12_a_leg_refused_three_times_is_unwound_on_the_other_venue() -> 
     assert sides(desk.sent)[-1] == ("A", "SELL", "1.000")
     assert len([o for o in desk.sent if o.request.venue == "B"]) == 3
     c = task.context
-    assert (c.state, c.close_reason, c.failed_leg) == ("COMPLETED", "UNWOUND", Side.SELL)
+    assert (c.state, c.close_reason, c.failed_leg) == (
+        "COMPLETED",
+        "UNWOUND",
+        Side.SELL,
+    )
     assert (c.delta, c.net_pnl) == (0, D("-0.16995"))
     assert [level for level, _ in desk.alerts] == ["critical"]
 
@@ -188,7 +198,10 @@ async def test_t12_hold_keeps_the_leg_and_says_so() -> None:
     desk.fill(desk.only_open("A"))
     await pass_time(task, desk, 3.0)
 
-    assert (task.context.close_reason, task.context.residual_delta) == ("HELD", D("1.000"))
+    assert (task.context.close_reason, task.context.residual_delta) == (
+        "HELD",
+        D("1.000"),
+    )
     assert [level for level, _ in desk.alerts] == ["critical", "warning"]
 
 
@@ -210,13 +223,18 @@ async def test_a_leg_refused_before_anything_was_filled_ends_the_task_flat() -> 
     task = await running(desk)
     await pass_time(task, desk, 3.0)
 
-    assert (task.context.state, task.context.close_reason) == ("COMPLETED", "LEG_REJECTED")
+    assert (task.context.state, task.context.close_reason) == (
+        "COMPLETED",
+        "LEG_REJECTED",
+    )
     assert desk.total() == 0
     assert desk.open_orders() == []
 
 
 @pytest.mark.parametrize("crash", [False, True])
-async def test_t13_an_ambiguous_leg_is_adopted_and_never_sent_again(crash: bool) -> None:
+async def test_t13_an_ambiguous_leg_is_adopted_and_never_sent_again(
+    crash: bool,
+) -> None:
     desk = two_venues()
     desk.answer("crash_after" if crash else "lost", venue="B")
     task: DeltaNeutralTask = await attach(task_of(), desk)
@@ -237,7 +255,9 @@ async def test_t13_an_ambiguous_leg_is_adopted_and_never_sent_again(crash: bool)
     assert (task.context.state, task.context.delta) == ("COMPLETED", 0)
 
 
-async def test_t13_a_leg_unknown_for_too_long_is_a_critical_alert_but_no_second_order() -> None:
+async def test_t13_a_leg_unknown_for_too_long_is_a_critical_alert_but_no_second_order() -> (
+    None
+):
     desk = two_venues()
     desk.answer("lost", venue="B")
     task = await running(desk)
@@ -255,7 +275,11 @@ async def test_t14_six_that_fill_while_the_cancel_is_under_way_are_hedged_too() 
     """H1 and H2: another executor hedged none of them."""
     desk = two_venues()
     task = await running(
-        desk, total_quantity="10", order_quantity="10", maker_side=Side.BUY, min_profitability="-0.01"
+        desk,
+        total_quantity="10",
+        order_quantity="10",
+        maker_side=Side.BUY,
+        min_profitability="-0.01",
     )
     a = desk.only_open("A")
     desk.fill(a, "4")
@@ -275,7 +299,9 @@ async def test_t14_six_that_fill_while_the_cancel_is_under_way_are_hedged_too() 
 
 async def test_t15_lots_differ_the_carry_stays_below_the_coarser_lot() -> None:
     desk = two_venues(lot_size=D("0.01"), min_quantity=D("0.01"))
-    task = await running(desk, total_quantity="2.00", order_quantity="2.00", maker_side=Side.BUY)
+    task = await running(
+        desk, total_quantity="2.00", order_quantity="2.00", maker_side=Side.BUY
+    )
     a = desk.only_open("A")
     desk.fill(a, "1.234")
     await settle(task)
@@ -288,7 +314,10 @@ async def test_t15_lots_differ_the_carry_stays_below_the_coarser_lot() -> None:
 
 @pytest.mark.parametrize("maker", [None, Side.BUY])
 async def test_t15_a_fee_in_the_base_asset_is_not_sold(maker: Side | None) -> None:
-    desk = FakeDesk(instrument(venue="A", fee_in="base", maker_fee=D("0.001")), instrument(venue="B"))
+    desk = FakeDesk(
+        instrument(venue="A", fee_in="base", maker_fee=D("0.001")),
+        instrument(venue="B"),
+    )
     requote(desk)
     task = await running(desk, maker_side=maker)
     if maker is None:
@@ -337,7 +366,9 @@ async def test_old_prices_open_nothing_but_hedges_still_go() -> None:
 
 async def test_a_leg_is_replaced_when_it_is_off_by_more_than_its_tolerance() -> None:
     desk = two_venues()
-    task = await running(desk, offset_ticks={"buy": 1, "sell": 1}, tick_tolerance={"buy": 2, "sell": 2})
+    task = await running(
+        desk, offset_ticks={"buy": 1, "sell": 1}, tick_tolerance={"buy": 2, "sell": 2}
+    )
     assert desk.only_open("A").request.price == D("99.9")
     requote(desk, a="100.2")
     await settle(task)
@@ -362,7 +393,9 @@ async def test_children_never_run_more_than_one_ahead_of_the_other_leg() -> None
     assert len(desk.open_orders("A")) == len(desk.open_orders("B")) == 1
 
 
-async def test_within_the_tolerance_the_limit_orders_may_finish_and_the_end_is_flat() -> None:
+async def test_within_the_tolerance_the_limit_orders_may_finish_and_the_end_is_flat() -> (
+    None
+):
     desk = two_venues()
     task = await running(desk, max_imbalance="1")
     desk.fill(desk.only_open("A"))
@@ -377,14 +410,19 @@ async def test_within_the_tolerance_the_limit_orders_may_finish_and_the_end_is_f
     assert (task.context.state, task.context.delta) == ("COMPLETED", 0)
 
 
-async def test_at_the_time_limit_both_legs_are_cancelled_and_the_rest_balanced() -> None:
+async def test_at_the_time_limit_both_legs_are_cancelled_and_the_rest_balanced() -> (
+    None
+):
     desk = two_venues()
     task = await running(desk, time_limit_s=3.0, max_imbalance="1")
     desk.fill(desk.only_open("A"), "0.3")
     desk.cancel_script.extend(["now", "now"])
     await pass_time(task, desk, 4.0)
 
-    assert (task.context.state, task.context.close_reason) == ("COMPLETED", "TIME_LIMIT")
+    assert (task.context.state, task.context.close_reason) == (
+        "COMPLETED",
+        "TIME_LIMIT",
+    )
     assert (task.context.delta, desk.open_orders()) == (0, [])
 
 
@@ -398,7 +436,11 @@ async def test_a_late_fill_while_completing_is_still_balanced() -> None:
         if task.context.state == "COMPLETING":
             break
         await task.step()
-    desk._change(desk.ledger[b.client_order_id], filled_quantity=D("0.5"), average_price=D("100.3"))
+    desk._change(
+        desk.ledger[b.client_order_id],
+        filled_quantity=D("0.5"),
+        average_price=D("100.3"),
+    )
     await settle(task)
 
     assert sides(desk.sent)[-1] == ("A", "BUY", "0.500")
@@ -433,7 +475,9 @@ async def _random_life(seed: int) -> None:
         elif roll < 0.70:
             for order in desk.open_orders():
                 if order.status is OrderStatus.UNKNOWN:
-                    arrived = any(o.client_order_id == order.client_order_id for o in desk.sent)
+                    arrived = any(
+                        o.client_order_id == order.client_order_id for o in desk.sent
+                    )
                     desk.resolve(order, accepted=arrived)
                 elif order.request.price is None:
                     desk.fill(order, price="100.1", liquidity=Liquidity.TAKER)
@@ -450,7 +494,14 @@ async def _random_life(seed: int) -> None:
         elif roll < 0.92:
             saved = task.context
         elif roll > 0.95:
-            answers = ["accept", "lost", "reject:X", "crash_before", "crash_after", "fill"]
+            answers = [
+                "accept",
+                "lost",
+                "reject:X",
+                "crash_before",
+                "crash_after",
+                "fill",
+            ]
             desk.answer(chance.choice(answers), venue=chance.choice("AB"))
         if 0.93 < roll <= 0.95:
             for order in desk.open_orders():
@@ -458,7 +509,11 @@ async def _random_life(seed: int) -> None:
                     desk._change(order, status=OrderStatus.UNKNOWN)
             task = await reborn(task, desk, saved)
         for venue, side in (("A", Side.BUY), ("B", Side.SELL)):
-            orders = [o for o in desk.orders() if o.request.venue == venue and o.request.side is side]
+            orders = [
+                o
+                for o in desk.orders()
+                if o.request.venue == venue and o.request.side is side
+            ]
             risk = sum((o.filled_quantity + o.working_quantity for o in orders), D(0))
             assert risk <= D("1.000"), f"seed {seed}: {risk} at risk on {venue}"
         if task.context.state == "COMPLETED":
@@ -474,8 +529,15 @@ def test_it_wants_the_quotes_of_its_legs() -> None:
     one = D(1)
     task = task_of()
     events = [
-        QuoteChanged(symbol=s, venue=v, bid=one, ask=one, bid_quantity=one, ask_quantity=one)
-        for s, v in (("BTC/USDT", "A"), ("BTC/USDT", "B"), ("BTC/USDT", "C"), ("ETH/USDT", "A"))
+        QuoteChanged(
+            symbol=s, venue=v, bid=one, ask=one, bid_quantity=one, ask_quantity=one
+        )
+        for s, v in (
+            ("BTC/USDT", "A"),
+            ("BTC/USDT", "B"),
+            ("BTC/USDT", "C"),
+            ("ETH/USDT", "A"),
+        )
     ]
 
     assert [task.wants(e) for e in events] == [True, True, False, False]

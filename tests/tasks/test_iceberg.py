@@ -1,10 +1,12 @@
 """The iceberg: T-1 to T-8, and H7 of the failures of others."""
 
+import itertools
 import random
 from decimal import Decimal
 from typing import Any
 
 import pytest
+
 from fakes.desk import (
     Crash,
     FakeDesk,
@@ -14,7 +16,6 @@ from fakes.desk import (
     reborn,
     settle,
 )
-
 from nightdesk.model.events import QuoteChanged, TradePrinted
 from nightdesk.model.order import Liquidity, OrderStatus, Side, TimeInForce
 from nightdesk.tasks.iceberg import IcebergContext, IcebergTask
@@ -340,7 +341,7 @@ async def test_t7_post_only_refusals_reprice_passively_with_growing_delay_and_pa
 
     prices = [order.request.price for order in desk.sent]
     assert prices == [D("100.2"), D("100.3"), D("100.4"), D("100.5"), D("100.6")]
-    gaps = [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(stamps)]
     assert gaps == sorted(set(gaps))
     assert task.context.state == "PAUSED"
     assert task.context.pause_reason == "POST_ONLY_REJECTED"

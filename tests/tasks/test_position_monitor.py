@@ -4,6 +4,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+
 from fakes.desk import (
     Crash,
     FakeDesk,
@@ -14,7 +15,6 @@ from fakes.desk import (
     settle,
     sides,
 )
-
 from nightdesk.model.events import OrderFilled, QuoteChanged
 from nightdesk.model.order import Fill, Liquidity, OrderStatus, OrderType, Side
 from nightdesk.model.position import Position
@@ -56,7 +56,9 @@ async def guarding(desk: FakeDesk, **changes: Any) -> PositionMonitorTask:
     return task
 
 
-async def test_t16_a_long_is_stopped_at_its_level_and_not_a_tick_before(desk: FakeDesk) -> None:
+async def test_t16_a_long_is_stopped_at_its_level_and_not_a_tick_before(
+    desk: FakeDesk,
+) -> None:
     task = await guarding(desk, stop_loss="0.05")
     bid(desk, "95.1")
     await settle(task)
@@ -92,11 +94,15 @@ async def test_t16_a_short_is_the_mirror_on_the_ask(desk: FakeDesk) -> None:
 
 
 @pytest.mark.parametrize(("late", "closed"), [(False, "9.000"), (True, "10.000")])
-async def test_t17_a_partial_entry_is_stopped_with_exactly_what_is_held(late: bool, closed: str) -> None:
+async def test_t17_a_partial_entry_is_stopped_with_exactly_what_is_held(
+    late: bool, closed: str
+) -> None:
     """H6a: another executor had no stop loss until the entry was complete."""
     desk = FakeDesk()
     bid(desk, "100.5")
-    task = await guarding(desk, entry="limit", quantity="10", entry_price="100", stop_loss="0.05")
+    task = await guarding(
+        desk, entry="limit", quantity="10", entry_price="100", stop_loss="0.05"
+    )
     entry = desk.only_open()
     desk.fill(entry, "9")
     await settle(task)
@@ -115,11 +121,15 @@ async def test_t17_a_partial_entry_is_stopped_with_exactly_what_is_held(late: bo
     assert (task.context.state, task.context.held_quantity) == ("COMPLETED", 0)
 
 
-async def test_t17_an_entry_cancelled_by_the_venue_keeps_its_9_and_is_not_repeated() -> None:
+async def test_t17_an_entry_cancelled_by_the_venue_keeps_its_9_and_is_not_repeated() -> (
+    None
+):
     """H6b: another executor bought 10 again."""
     desk = FakeDesk()
     bid(desk, "100.5")
-    task = await guarding(desk, entry="limit", quantity="10", entry_price="100", stop_loss="0.05")
+    task = await guarding(
+        desk, entry="limit", quantity="10", entry_price="100", stop_loss="0.05"
+    )
     desk.fill(desk.only_open(), "9")
     desk.end(desk.only_open(), OrderStatus.CANCELED, "by the venue")
     await pass_time(task, desk, 5.0)
@@ -131,10 +141,14 @@ async def test_t17_an_entry_cancelled_by_the_venue_keeps_its_9_and_is_not_repeat
     assert sides(desk.sent)[1:] == [("A", "SELL", "9.000")]
 
 
-async def test_t17_a_cancel_without_proof_does_not_keep_the_stop_waiting_for_ever() -> None:
+async def test_t17_a_cancel_without_proof_does_not_keep_the_stop_waiting_for_ever() -> (
+    None
+):
     desk = FakeDesk()
     bid(desk, "100.5")
-    task = await guarding(desk, entry="limit", quantity="10", entry_price="100", stop_loss="0.05")
+    task = await guarding(
+        desk, entry="limit", quantity="10", entry_price="100", stop_loss="0.05"
+    )
     entry = desk.only_open()
     desk.fill(entry, "9")
     bid(desk, "90.0")
@@ -147,7 +161,9 @@ async def test_t17_a_cancel_without_proof_does_not_keep_the_stop_waiting_for_eve
     assert task.context.state == "COMPLETED"
 
 
-async def test_t18_the_trailing_stop_follows_and_survives_a_restart(desk: FakeDesk) -> None:
+async def test_t18_the_trailing_stop_follows_and_survives_a_restart(
+    desk: FakeDesk,
+) -> None:
     task = await guarding(desk, trailing_activation="0.02", trailing_delta="0.01")
 
     def level() -> Decimal | None:
@@ -166,11 +182,16 @@ async def test_t18_the_trailing_stop_follows_and_survives_a_restart(desk: FakeDe
     bid(desk, "103.0")
     await settle(task)
 
-    assert (task.context.close_reason, task.context.exit_price) == ("TRAILING_STOP", D("103.0"))
+    assert (task.context.close_reason, task.context.exit_price) == (
+        "TRAILING_STOP",
+        D("103.0"),
+    )
 
 
 async def test_t18_the_trailing_stop_of_a_short_is_the_mirror(desk: FakeDesk) -> None:
-    task = await guarding(desk, side="SHORT", trailing_activation="0.02", trailing_delta="0.01")
+    task = await guarding(
+        desk, side="SHORT", trailing_activation="0.02", trailing_delta="0.01"
+    )
     for price in ("98.0", "96.0"):
         ask(desk, price)
         await settle(task)
@@ -181,9 +202,15 @@ async def test_t18_the_trailing_stop_of_a_short_is_the_mirror(desk: FakeDesk) ->
     assert task.context.close_reason == "TRAILING_STOP"
 
 
-async def test_t19_of_three_barriers_due_at_once_the_stop_loss_counts(desk: FakeDesk) -> None:
+async def test_t19_of_three_barriers_due_at_once_the_stop_loss_counts(
+    desk: FakeDesk,
+) -> None:
     task = await guarding(
-        desk, stop_loss="0.05", trailing_activation="0.02", trailing_delta="0.01", time_limit_s=60.0
+        desk,
+        stop_loss="0.05",
+        trailing_activation="0.02",
+        trailing_delta="0.01",
+        time_limit_s=60.0,
     )
     bid(desk, "103.0")
     await settle(task)
@@ -192,7 +219,10 @@ async def test_t19_of_three_barriers_due_at_once_the_stop_loss_counts(desk: Fake
     await settle(task)
 
     assert len(desk.sent) == 1
-    assert (task.context.close_reason, task.context.exit_price) == ("STOP_LOSS", D("80.0"))
+    assert (task.context.close_reason, task.context.exit_price) == (
+        "STOP_LOSS",
+        D("80.0"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -256,7 +286,9 @@ async def test_t20_the_money_of_a_profit_is_exact() -> None:
     assert (c.gross_pnl, c.fees_paid, c.net_pnl) == (100, D("1.05"), D("98.75"))
     assert (c.profit_share_due, c.user_pnl) == (D("19.75"), D("79.00"))
     balance = sum(
-        -o.request.side.sign * o.filled_quantity * (o.average_price or 0) - o.fees["USDT"] for o in desk.orders()
+        -o.request.side.sign * o.filled_quantity * (o.average_price or 0)
+        - o.fees["USDT"]
+        for o in desk.orders()
     )
     assert balance == c.net_pnl + D("0.2")
 
@@ -274,7 +306,9 @@ async def test_t20_a_loss_shares_nothing(desk: FakeDesk) -> None:
 async def test_a_fee_in_the_base_asset_is_not_sold_and_the_crumb_is_reported() -> None:
     desk = FakeDesk(instrument(fee_in="base", taker_fee=D("0.001")))
     ask(desk, "100.0")
-    task = await guarding(desk, entry="market", entry_price=None, stop_loss="0.05", quantity="1.0005")
+    task = await guarding(
+        desk, entry="market", entry_price=None, stop_loss="0.05", quantity="1.0005"
+    )
     bid(desk, "95.0")
     await settle(task)
 
@@ -294,7 +328,9 @@ async def test_a_residue_too_small_to_close_is_told() -> None:
     assert any("too little" in text for _, text in desk.alerts)
 
 
-async def test_a_refused_close_is_critical_and_tried_again_with_delay(desk: FakeDesk) -> None:
+async def test_a_refused_close_is_critical_and_tried_again_with_delay(
+    desk: FakeDesk,
+) -> None:
     desk.answer("reject:X", "reject:X")
     desk.denials.append("RATE_LIMIT_EXCEEDED")
     task = await guarding(desk, stop_loss="0.05")
@@ -313,7 +349,10 @@ async def test_an_entry_that_never_fills_guards_nothing_and_says_so() -> None:
     desk.cancel_script.append("now")
     await pass_time(task, desk, 3.0)
 
-    assert (task.context.state, task.context.close_reason) == ("COMPLETED", "ENTRY_CANCELED")
+    assert (task.context.state, task.context.close_reason) == (
+        "COMPLETED",
+        "ENTRY_CANCELED",
+    )
     assert len(desk.sent) == 1
 
 
@@ -341,7 +380,9 @@ async def test_a_market_entry_waits_for_a_fresh_price() -> None:
 
 
 @pytest.mark.parametrize("answer", ["crash_before", "crash_after"])
-async def test_a_crash_while_closing_never_closes_twice(desk: FakeDesk, answer: str) -> None:
+async def test_a_crash_while_closing_never_closes_twice(
+    desk: FakeDesk, answer: str
+) -> None:
     desk.answer(answer)
     task = await guarding(desk, stop_loss="0.05")
     old = task.context
@@ -364,7 +405,9 @@ async def test_a_crash_while_closing_never_closes_twice(desk: FakeDesk, answer: 
     assert task.context.state == "COMPLETED"
 
 
-async def test_a_lost_context_with_a_closing_order_in_the_ledger_goes_on_closing(desk: FakeDesk) -> None:
+async def test_a_lost_context_with_a_closing_order_in_the_ledger_goes_on_closing(
+    desk: FakeDesk,
+) -> None:
     task = await guarding(desk, stop_loss="0.05")
     desk.answer("rest")
     bid(desk, "95.0")
@@ -383,7 +426,9 @@ async def test_a_lost_context_with_a_closing_order_in_the_ledger_goes_on_closing
 # Whatever the desk holds ------------------------------------------------------------------
 
 
-def holding(desk: FakeDesk, quantity: str, price: str = "100", venue: str = "A") -> None:
+def holding(
+    desk: FakeDesk, quantity: str, price: str = "100", venue: str = "A"
+) -> None:
     desk.held_positions[f"BTC/USDT@{venue}"] = Position(
         symbol="BTC/USDT", venue=venue, quantity=D(quantity), average_price=D(price)
     )
@@ -432,7 +477,14 @@ async def test_a_position_closed_by_others_is_let_go(desk: FakeDesk) -> None:
 
 def test_it_wants_quotes_of_what_it_guards_and_fills_that_may_open_something() -> None:
     one = D(1)
-    quote = QuoteChanged(symbol="BTC/USDT", venue="A", bid=one, ask=one, bid_quantity=one, ask_quantity=one)
+    quote = QuoteChanged(
+        symbol="BTC/USDT",
+        venue="A",
+        bid=one,
+        ask=one,
+        bid_quantity=one,
+        ask_quantity=one,
+    )
     fill = OrderFilled(
         venue="A",
         symbol="BTC/USDT",

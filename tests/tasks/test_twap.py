@@ -4,8 +4,8 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from fakes.desk import Crash, FakeDesk, attach, instrument, reborn, settle
 
+from fakes.desk import Crash, FakeDesk, attach, instrument, reborn, settle
 from nightdesk.model.order import OrderStatus, OrderType, Side, TimeInForce
 from nightdesk.tasks.twap import TwapContext, TwapTask
 
@@ -54,7 +54,9 @@ async def test_equal_slices_at_equal_distances(desk: FakeDesk) -> None:
     assert (task.context.state, task.context.executed_slices) == ("COMPLETED", 4)
 
 
-async def test_h5_a_slice_that_fails_follows_and_four_of_four_are_reported(desk: FakeDesk) -> None:
+async def test_h5_a_slice_that_fails_follows_and_four_of_four_are_reported(
+    desk: FakeDesk,
+) -> None:
     desk.answer("accept", "accept", "reject:TEMPORARY")
     task = await attach(twap(), desk)
     await live(task, desk, 40)
@@ -73,7 +75,9 @@ async def test_an_uneven_total_is_executed_to_the_last_lot(desk: FakeDesk) -> No
     assert task.context.residual_quantity == D("0.0005")
 
 
-async def test_the_schedule_survives_a_restart_and_catches_up_in_bounded_steps(desk: FakeDesk) -> None:
+async def test_the_schedule_survives_a_restart_and_catches_up_in_bounded_steps(
+    desk: FakeDesk,
+) -> None:
     task = await attach(twap(slices=10, duration_s=100.0), desk)
     await live(task, desk, 1)
     desk.clock.advance(55.0)  # the desk was down
@@ -81,7 +85,12 @@ async def test_the_schedule_survives_a_restart_and_catches_up_in_bounded_steps(d
     task = await reborn(task, desk)
     await settle(task)
 
-    assert [str(q) for q in (o.request.quantity.normalize() for o in desk.sent)] == ["0.4", "0.8", "0.8", "0.4"]
+    assert [str(q) for q in (o.request.quantity.normalize() for o in desk.sent)] == [
+        "0.4",
+        "0.8",
+        "0.8",
+        "0.4",
+    ]
     await live(task, desk, 60)
     assert desk.total() == D("4.000")
 
@@ -102,7 +111,9 @@ async def test_a_crash_after_the_send_sends_nothing_twice(desk: FakeDesk) -> Non
     assert desk.total() == D("4.000")
 
 
-async def test_a_patient_slice_waits_at_the_touch_and_is_taken_at_its_fallback(desk: FakeDesk) -> None:
+async def test_a_patient_slice_waits_at_the_touch_and_is_taken_at_its_fallback(
+    desk: FakeDesk,
+) -> None:
     task = await attach(twap(order_type="limit", fallback_s=4.0), desk)
     await live(task, desk, 1)
     first = desk.only_open()
@@ -129,7 +140,9 @@ async def test_a_patient_slice_follows_the_market(desk: FakeDesk) -> None:
     assert len(desk.cancels) == 2
 
 
-async def test_the_limit_price_holds_back_a_slice_which_stays_owed(desk: FakeDesk) -> None:
+async def test_the_limit_price_holds_back_a_slice_which_stays_owed(
+    desk: FakeDesk,
+) -> None:
     task = await attach(twap(limit_price="100.2"), desk)
     await live(task, desk, 1)
     assert desk.sent[0].request.time_in_force is TimeInForce.IOC
@@ -143,20 +156,29 @@ async def test_the_limit_price_holds_back_a_slice_which_stays_owed(desk: FakeDes
     assert desk.total() == D("4.000")
 
 
-async def test_a_patient_slice_does_not_fall_back_beyond_the_limit(desk: FakeDesk) -> None:
-    task = await attach(twap(order_type="limit", fallback_s=0.0, limit_price="100.1"), desk)
+async def test_a_patient_slice_does_not_fall_back_beyond_the_limit(
+    desk: FakeDesk,
+) -> None:
+    task = await attach(
+        twap(order_type="limit", fallback_s=0.0, limit_price="100.1"), desk
+    )
     await live(task, desk, 3)
 
     assert [o.request.price for o in desk.sent] == [D("100.0")]
     assert desk.cancels == []
 
 
-async def test_a_slice_below_the_minimum_is_refused_and_nothing_sent(desk: FakeDesk) -> None:
+async def test_a_slice_below_the_minimum_is_refused_and_nothing_sent(
+    desk: FakeDesk,
+) -> None:
     task = await attach(twap(total_quantity="0.100"), desk)
     await settle(task)
 
     assert desk.sent == []
-    assert (task.context.state, task.context.close_reason) == ("ERROR", "NOTIONAL_BELOW_MINIMUM")
+    assert (task.context.state, task.context.close_reason) == (
+        "ERROR",
+        "NOTIONAL_BELOW_MINIMUM",
+    )
 
 
 async def test_a_crumb_too_small_at_the_end_is_reported(desk: FakeDesk) -> None:
@@ -178,7 +200,9 @@ async def test_without_a_price_it_waits() -> None:
 
 
 async def test_a_crumb_left_to_a_patient_child_is_not_cancelled(desk: FakeDesk) -> None:
-    task = await attach(twap(slices=1, duration_s=10.0, order_type="limit", fallback_s=100.0), desk)
+    task = await attach(
+        twap(slices=1, duration_s=10.0, order_type="limit", fallback_s=100.0), desk
+    )
     await live(task, desk, 1)
     desk.fill(desk.only_open(), "3.960")
     desk.quote("104.0", "104.2")

@@ -36,6 +36,7 @@ from nightdesk.errors import CommandError
 from nightdesk.kernel.clock import SystemClock
 from nightdesk.kernel.inbox import Inbox
 from nightdesk.kernel.loop import Lane, LaneLoop, lane, new_event_loop
+from nightdesk.kernel.memory import Collector
 from nightdesk.kernel.switch import Switch
 from nightdesk.model.events import Opportunity, PoolSwap
 
@@ -117,14 +118,14 @@ class Receiver(asyncio.Protocol):
 class Samples:
     """`(sent, received, handled)` of every event, in monotonic nanoseconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, settle: Callable[[], None]) -> None:
+        self._settle = settle
         self.stamps: list[tuple[int, int, int]] = []
 
     def add(self, sent_ns: int, received_ns: int) -> None:
         self.stamps.append((sent_ns, received_ns, time.monotonic_ns()))
         if len(self.stamps) == _WARM_UP // 2:
-            gc.collect()
-            gc.freeze()  # as the desk does once it has started
+            self._settle()
 
     def microseconds(self) -> dict[str, list[float]]:
         kept = self.stamps[_WARM_UP:]
@@ -230,13 +231,15 @@ def plain_reaction(
 async def receive(contender: str, load: str) -> dict[str, list[float]]:
     """Listen, print the port, take messages until the sender hangs up."""
     loop = asyncio.get_running_loop()
-    samples, ended = Samples(), asyncio.Event()
+    ended = asyncio.Event()
     journal: Journal | None = None
     if contender == "nightdesk":
         assert isinstance(loop, LaneLoop)
+        samples = Samples(Collector(loop).start)
         journal = Journal(loop)
         react = desk_reaction(loop, samples, journal)
     else:
+        samples = Samples(_collect_once)
         react = plain_reaction(loop, samples)
     with lane(Lane.NORMAL) if contender == "nightdesk" else nullcontext():
         tasks = [loop.create_task(work) for work in load_inside(contender, load)]
@@ -248,6 +251,12 @@ async def receive(contender: str, load: str) -> dict[str, list[float]]:
     if journal is not None:
         journal.close()
     return samples.microseconds()
+
+
+def _collect_once() -> None:
+    """Spare the baselines the garbage of their start, too."""
+    gc.collect()
+    gc.freeze()
 
 
 def load_inside(contender: str, load: str) -> list[Coroutine[Any, Any, None]]:

@@ -21,7 +21,7 @@ from nightdesk.model.context import FINAL_STATES, TaskContext, TaskExecutionResu
 from nightdesk.model.order import Side
 from nightdesk.model.serializer import TaskSerializer, decode_context
 from nightdesk.reports import health
-from nightdesk.tasks import delta_neutral, iceberg
+from nightdesk.roster.local import delta_neutral, iceberg
 
 __all__ = [
     "BaseTradingTask",
@@ -249,7 +249,7 @@ class TaskManager:
             before = len(self._waiting)
             self._waiting = [task for task in self._waiting if task.context.task_id != task_id]
             return len(self._waiting) < before
-        return await self._desk.remove_task(task_id)
+        return await self._desk.roster.remove(task_id)
 
     async def start(self, recover_tasks: bool = False) -> None:
         """Start the desk; with `recover_tasks` unfinished tasks of an earlier run go on.
@@ -259,7 +259,7 @@ class TaskManager:
         """
         loop = asyncio.get_running_loop()
         self._desk = TradingDesk(self._config or self._paper_config(), loop)
-        self._desk.recover_record = self._recover if recover_tasks else _leave
+        self._desk.roster.recover = self._recover if recover_tasks else _leave
         await self._desk.start()
         for task in self._waiting:
             await self._attach(task)
@@ -274,7 +274,7 @@ class TaskManager:
     def get_task(self, task_id: str) -> Task[Any] | None:
         if self._desk is None:
             return next((task for task in self._waiting if task.context.task_id == task_id), None)
-        local = self._desk.tasks.get(task_id)
+        local = self._desk.roster.local.get(task_id)
         return local.task if local else None
 
     @property
@@ -282,7 +282,7 @@ class TaskManager:
         """Tasks that have not reached a final state."""
         if self._desk is None:
             return len(self._waiting)
-        return sum(local.task.context.state not in FINAL_STATES for local in self._desk.tasks.values())
+        return sum(local.task.context.state not in FINAL_STATES for local in self._desk.roster.local.values())
 
     def get_status(self) -> dict[str, Any]:
         """Return counts, and for each task its id, state and the seconds until its next execution."""
@@ -317,7 +317,7 @@ class TaskManager:
         assert self._desk is not None
         name = getattr(task, "name", type(task).__name__)
         already = bool(getattr(task, "_was_started", False))
-        await self._desk.add_task(task, TaskEntry(id=task.context.task_id, type=name), start=not already)
+        await self._desk.roster.add(task, TaskEntry(id=task.context.task_id, type=name), start=not already)
 
     async def _recover(self, record: Record, type_name: str) -> Task[Any]:
         kind = _TYPES.get(type_name)

@@ -105,7 +105,7 @@ class BackgroundTaskManager:
                 after=config.after,
                 timeout_s=config.timeout,
             ),
-            started=False,
+            status="stopped",
         )
         self._configs[config.name] = (config, group)
         if start_immediately:

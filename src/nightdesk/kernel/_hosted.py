@@ -54,7 +54,9 @@ class Hosted:
 
     def health(self) -> TaskHealth:
         """Return its health over all its hosts."""
-        health = _decode_health(self.report) if self.report is not None else self._bare()
+        health = (
+            _decode_health(self.report) if self.report is not None else self._bare()
+        )
         health.runs_in = "background"
         health.host = self.link.process.pid if self.link is not None else None
         for name in _COUNTS:

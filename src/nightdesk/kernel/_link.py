@@ -198,7 +198,9 @@ class HostLink:
 
     # questions
 
-    async def ask(self, verb: str, task_id: str, body: Any = None, timeout_s: float = 5.0) -> Any:
+    async def ask(
+        self, verb: str, task_id: str, body: Any = None, timeout_s: float = 5.0
+    ) -> Any:
         """Ask the host and return its answer.
 
         Raises:
@@ -235,7 +237,11 @@ class HostLink:
     def _on_closed(self) -> None:
         for waiting in self._asks.values():
             if not waiting.done():
-                waiting.set_exception(NightdeskError(f"background host {self.number} has ended; try again in a moment"))
+                waiting.set_exception(
+                    NightdeskError(
+                        f"background host {self.number} has ended; try again in a moment"
+                    )
+                )
         self.closed.set()
 
     async def end(self) -> None:

@@ -81,7 +81,9 @@ class HostProcess:
     def _starved(self, passed_s: float) -> float:
         try:
             ran, waited, _ = Path(f"/proc/{self.pid}/schedstat").read_text().split()
-            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            state = (
+                Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            )
         except (OSError, ValueError):
             return 0.0
         before, self._schedule = self._schedule, (int(ran), int(waited))
@@ -150,7 +152,9 @@ class HostProcess:
         return self._read_stack() or "(no stack: the process did not answer)"
 
     def _read_stack(self) -> str:
-        text = os.pread(self._stack, 16 * _STACK_BYTES, 0).decode(errors="replace").strip()
+        text = (
+            os.pread(self._stack, 16 * _STACK_BYTES, 0).decode(errors="replace").strip()
+        )
         at = text.find("Current thread")
         if at > 0:
             text = f"{text[at:]}\n\n{text[:at]}"
@@ -202,8 +206,19 @@ def spawn(clock: Clock) -> tuple[HostProcess, socket.socket]:
         names = ("--fd", "--page", "--stack")
         process = subprocess.Popen(
             [
-                *(sys.executable, "-P", "-m", "nightdesk.host", "--parent", str(os.getpid())),
-                *(word for name, fd in zip(names, descriptors, strict=True) for word in (name, str(fd))),
+                *(
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "nightdesk.host",
+                    "--parent",
+                    str(os.getpid()),
+                ),
+                *(
+                    word
+                    for name, fd in zip(names, descriptors, strict=True)
+                    for word in (name, str(fd))
+                ),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

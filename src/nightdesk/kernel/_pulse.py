@@ -153,8 +153,13 @@ class Pulse(Page):
         """Drop what is remembered of a removed task."""
         self._growth.pop(owner, None)
         if self._cells[_LEADER] == owner:
-            leader = max(self._growth, key=lambda number: self._growth[number], default=0)
-            self._cells[_LEADER], self._cells[_LEADER_BYTES] = leader, self._growth.get(leader, 0)
+            leader = max(
+                self._growth, key=lambda number: self._growth[number], default=0
+            )
+            self._cells[_LEADER], self._cells[_LEADER_BYTES] = (
+                leader,
+                self._growth.get(leader, 0),
+            )
 
     def _charge(self, owner: int) -> None:
         resident = self._resident()

@@ -58,6 +58,7 @@ __all__ = [
     "Stop",
     "Stopped",
     "Subscribe",
+    "Succeeded",
     "decode",
     "decode_event",
     "encode",
@@ -82,7 +83,7 @@ class HostedTask(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         params: Fields of a fresh context; used when there is no `context`.
         context: The last saved record, as `encode_context` wrote it.
-        paused: An operator paused it before.
+        status: `paused`, `stopped` or `quarantined` if the last run of the desk left it so.
         adjustments: What an operator changed since, as `nightdesk tasks adjust` names it.
     """
 
@@ -95,7 +96,7 @@ class HostedTask(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float | None = None
     group: str | None = None
     after: tuple[str, ...] = ()
-    paused: bool = False
+    status: str = ""
     adjustments: dict[str, Any] = {}
 
 
@@ -111,14 +112,19 @@ class Setup(Frame, frozen=True):
     epoch: int
     max_concurrent: int
     directory: str
+    log_level: str = "info"
 
 
 class Placement(msgspec.Struct, frozen=True, array_like=True):
-    """A task with the number it has in the shared page, and its orders so far."""
+    """A task with the number it has in the shared page, and its orders so far.
+
+    `foreign`: the names of its `after` that run elsewhere; the host hears of them by `Succeeded`.
+    """
 
     number: int
     task: HostedTask
     orders: list[Order] = []
+    foreign: list[str] = []
 
 
 class AddTasks(Frame, frozen=True):
@@ -145,6 +151,13 @@ class Happened(Frame, frozen=True):
     """Events that some task of the host listens to."""
 
     events: list[msgspec.Raw]
+
+
+class Succeeded(Frame, frozen=True):
+    """Tasks elsewhere that others here come after: `names` succeeded again, `gone` exist no more."""
+
+    names: list[str]
+    gone: list[str] = []
 
 
 class Stop(Frame, frozen=True):
@@ -195,10 +208,9 @@ class Hello(Frame, frozen=True):
 
 
 class Subscribe(Frame, frozen=True):
-    """Instrument keys whose quotes, and event types that the host wants; both add to earlier ones."""
+    """Event types that the host wants from now on, too."""
 
-    keys: list[str] = []
-    events: list[str] = []
+    events: list[str]
 
 
 class SavedContext(msgspec.Struct, frozen=True, array_like=True):
@@ -249,7 +261,9 @@ class Failed(Frame, frozen=True):
 
 
 class Finished(Frame, frozen=True):
-    task_id: str
+    """A task has come to its end; its last context was sent before."""
+
+    health: TaskHealth
 
 
 class Refused(Frame, frozen=True):
@@ -274,6 +288,7 @@ _Any = (
     | Positions
     | OrdersChanged
     | Happened
+    | Succeeded
     | Stop
     | Ask
     | Answer
@@ -351,7 +366,11 @@ class Channel:
     ) -> None:
         sock.setblocking(False)
         self._loop, self._sock = loop, sock
-        self._on_frame, self._on_closed, self._on_drained = on_frame, on_closed, on_drained
+        self._on_frame, self._on_closed, self._on_drained = (
+            on_frame,
+            on_closed,
+            on_drained,
+        )
         self._monotonic_ns = SystemClock.monotonic_ns
         self._context: Context = copy_context()
         self._context.run(LANE.set, lane)
@@ -378,7 +397,9 @@ class Channel:
         body = encode(frame)
         if len(body) > MAX_FRAME_BYTES:
             raise CapacityError(
-                f"one {type(frame).__name__} message of {len(body)} bytes", MAX_FRAME_BYTES, "it was not sent"
+                f"one {type(frame).__name__} message of {len(body)} bytes",
+                MAX_FRAME_BYTES,
+                "it was not sent",
             )
         if not self.is_open or self._is_mute:
             return

@@ -25,6 +25,7 @@ from nightdesk.model.schedule import Schedule
 
 __all__ = [
     "DONE",
+    "NEVER",
     "Cause",
     "Done",
     "Entry",
@@ -45,6 +46,9 @@ class Done(Enum):
 
 DONE: Final = Done.DONE
 """What a cycle returns to end its task."""
+
+NEVER: Final = -1
+"""A monotonic instant that is none: 0 is one, under a virtual clock."""
 
 Outcome = float | Done | None
 Cycle = Callable[[], Coroutine[Any, Any, Outcome]]
@@ -127,6 +131,7 @@ class Entry:
         "spins",
         "stage",
         "started_ns",
+        "successes",
         "timeout_ns",
         "trigger",
         "wall_ns",
@@ -155,9 +160,11 @@ class Entry:
         self.again = False
         self.asleep = False
         self.timeout_ns = int((registration.timeout_s or 0) * 1e9)
-        self.armed = self.due_ns = self.ready_ns = self.grid_ns = self.interval_ns = 0
-        self.wall_ns = self.fired_ns = 0
-        self.runs = self.errors = self.restarts = self.overruns = self.missed = 0
+        self.armed = self.due_ns = self.grid_ns = self.fired_ns = NEVER
+        self.ready_ns = self.interval_ns = self.wall_ns = 0
+        self.runs = self.successes = self.errors = self.restarts = self.overruns = (
+            self.missed
+        ) = 0
         self.spins = self.started_ns = self.ended_ns = 0
         self.last_error = ""
         self.failures: Failures | None = None

@@ -11,7 +11,7 @@ __all__ = ["Histogram"]
 _SUB_BITS: Final = (
     4  # 16 buckets per octave: a reading is at most 6 % above the true value
 )
-_OCTAVES: Final = 48
+_OCTAVES: Final = 64
 
 
 class Histogram:
@@ -29,14 +29,11 @@ class Histogram:
         self.count += 1
         if value > self.max:
             self.max = value
-        if value < 16:
-            index = value if value > 0 else 0
+        octave = value.bit_length() - 5 if value > 0 else 0
+        if octave > 0:
+            self._buckets[(octave << 4) + (value >> octave)] += 1
         else:
-            octave = value.bit_length() - _SUB_BITS - 1
-            index = (octave << _SUB_BITS) + (value >> octave)
-            if index >= len(self._buckets):
-                index = -1
-        self._buckets[index] += 1
+            self._buckets[value if value > 0 else 0] += 1
 
     def quantile(self, share: float) -> int:
         """Return the value beneath which `share` of the counted values lie."""

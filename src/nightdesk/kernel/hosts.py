@@ -95,7 +95,9 @@ class HostCallbacks(Protocol):
     def instruments(self) -> Iterable[Instrument]: ...
     def emit(self, task_id: str, event: Event) -> None: ...
     def alert(self, task_id: str, level: str, text: str) -> None: ...
-    def log(self, task_id: str, level: str, text: str, fields: dict[str, Any]) -> None: ...
+    def log(
+        self, task_id: str, level: str, text: str, fields: dict[str, Any]
+    ) -> None: ...
 
     def on_offender(self, task_id: str, kind: str, detail: str, stack: str) -> None:
         """A task harmed its host. `kind`: `slow` (a first warning), `stuck`, `leaks`, `crashes`,
@@ -195,7 +197,12 @@ class HostPool:
             owner = self._by_number.get(link.process.page.owner)
             stuck = [owner.task.task_id] if owner else []
             if not owner and link.is_ready:
-                self._callbacks.log("", "warning", f"background host {link.number} did not stop and was killed", {})
+                self._callbacks.log(
+                    "",
+                    "warning",
+                    f"background host {link.number} did not stop and was killed",
+                    {},
+                )
         for task_id in stuck:
             detail = "would not stop; killed with its host, its last checkpoint is kept"
             self._callbacks.on_offender(task_id, "ignores stop", detail, "")
@@ -204,7 +211,9 @@ class HostPool:
 
     def _chore(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         with lane(Lane.HIGH):
-            chore = asyncio.get_running_loop().create_task(work, name="background hosts")
+            chore = asyncio.get_running_loop().create_task(
+                work, name="background hosts"
+            )
         self._chores.add(chore)
         chore.add_done_callback(self._chores.discard)
         return chore
@@ -214,7 +223,11 @@ class HostPool:
         try:
             link = self._spawn(is_isolated, failures)
         except OSError as error:
-            self._callbacks.alert("", "critical", f"no background host can be started: {error}; trying again")
+            self._callbacks.alert(
+                "",
+                "critical",
+                f"no background host can be started: {error}; trying again",
+            )
             return None
         self._links.append(link)
         return link
@@ -264,16 +277,22 @@ class HostPool:
         link = link or self._link_for(hosted.task)
         hosted.link = link
         if link is None:
-            hosted.rest("backoff", "no background host could be started yet; trying again")
+            hosted.rest(
+                "backoff", "no background host could be started yet; trying again"
+            )
             return
         hosted.status = ""
         link.tasks.add(hosted.task.task_id)
         link.place(
-            lambda: Placement(hosted.number, hosted.task, self._callbacks.orders(hosted.task.task_id))
+            lambda: Placement(
+                hosted.number, hosted.task, self._callbacks.orders(hosted.task.task_id)
+            )
         )
 
     def _link_for(self, task: HostedTask) -> HostLink | None:
-        open_links = [link for link in self._links if not link.is_doomed and not link.is_isolated]
+        open_links = [
+            link for link in self._links if not link.is_doomed and not link.is_isolated
+        ]
         for name in task.after:
             before = self._tasks.get(name)
             if before is not None and before.link in open_links:
@@ -338,14 +357,18 @@ class HostPool:
         hosted = self._hosted(task_id)
         if hosted.link is not None:
             await hosted.link.ask("adjust", task_id, changes)
-        hosted.task = msgspec.structs.replace(hosted.task, adjustments={**hosted.task.adjustments, **changes})
+        hosted.task = msgspec.structs.replace(
+            hosted.task, adjustments={**hosted.task.adjustments, **changes}
+        )
 
     async def explain(self, task_id: str) -> dict[str, Any]:
         """Return `waits_at` (its await stack) and `next_run_words`, asked of its host."""
         hosted = self._hosted(task_id)
         if hosted.link is None:
             return {"waits_at": [], "next_run_words": hosted.why}
-        answer: dict[str, Any] = await hosted.link.ask("explain", task_id, timeout_s=1.0)
+        answer: dict[str, Any] = await hosted.link.ask(
+            "explain", task_id, timeout_s=1.0
+        )
         return answer
 
     # --- called by the switch: memory only, no system call ----------------------------------------------
@@ -466,7 +489,11 @@ class HostPool:
     def _on_ask(self, link: HostLink, frame: Ask) -> None:
         flights = link.in_flight.setdefault(frame.task_id, set())
         if sum(map(len, link.in_flight.values())) >= _MAX_IN_FLIGHT:
-            full = CapacityError("the list of requests of one background host", _MAX_IN_FLIGHT, "try again later")
+            full = CapacityError(
+                "the list of requests of one background host",
+                _MAX_IN_FLIGHT,
+                "try again later",
+            )
             link.send(Answer(frame.number, _NOTHING, Failure.of(full)))
             return
         flight = asyncio.get_running_loop().create_task(
@@ -493,7 +520,9 @@ class HostPool:
         callbacks, task_id = self._callbacks, ask.task_id
         match ask.verb:
             case "submit":
-                return await callbacks.submit(task_id, decode(ask.body, type=OrderRequest))
+                return await callbacks.submit(
+                    task_id, decode(ask.body, type=OrderRequest)
+                )
             case "cancel":
                 return await callbacks.cancel(task_id, decode(ask.body, type=str))
             case "save":
@@ -501,7 +530,9 @@ class HostPool:
                 return await callbacks.save_private(task_id, key, data)
             case "load":
                 return await callbacks.load_private(task_id, decode(ask.body, type=str))
-        raise CapacityError(f"what a host may ask for: {ask.verb!r}", 4, "nothing was done")
+        raise CapacityError(
+            f"what a host may ask for: {ask.verb!r}", 4, "nothing was done"
+        )
 
     # --- the watch -------------------------------------------------------------------------------------
 
@@ -516,8 +547,15 @@ class HostPool:
 
     def _fill_up(self) -> None:
         """Open what could not be opened before, and place what waits for it."""
-        homeless = [task for task in self._tasks.values() if task.link is None and task.status == "backoff"]
-        if not any(not link.is_isolated for link in self._links) and self._looks % 10 == 0:
+        homeless = [
+            task
+            for task in self._tasks.values()
+            if task.link is None and task.status == "backoff"
+        ]
+        if (
+            not any(not link.is_isolated for link in self._links)
+            and self._looks % 10 == 0
+        ):
             self._open()
         for hosted in homeless:
             if hosted.resumes_ns <= self._clock.monotonic_ns():
@@ -538,9 +576,13 @@ class HostPool:
             return
         still_s, limit_s = process.still_s, max(config.stall_s, process.page.grace_s)
         if still_s > limit_s:
-            self._replace(link, "stuck", process.page.owner, f"held its host for {still_s:.1f} s")
+            self._replace(
+                link, "stuck", process.page.owner, f"held its host for {still_s:.1f} s"
+            )
         elif link.blocked_s() > 2 * config.stall_s:
-            self._replace(link, "stuck", process.page.owner, "its host takes no messages any more")
+            self._replace(
+                link, "stuck", process.page.owner, "its host takes no messages any more"
+            )
         elif still_s > self._notice_s and not process.page.grace_s:
             self._notice(link, still_s)
         elif self._looks % _MEMORY_EVERY == 0:
@@ -588,9 +630,13 @@ class HostPool:
 
     def _replace(self, link: HostLink, kind: str, owner: int, detail: str) -> None:
         link.is_doomed = True
-        self._chore(self._replace_slowly(link, kind, self._by_number.get(owner), detail))
+        self._chore(
+            self._replace_slowly(link, kind, self._by_number.get(owner), detail)
+        )
 
-    async def _replace_slowly(self, link: HostLink, kind: str, offender: Hosted | None, detail: str) -> None:
+    async def _replace_slowly(
+        self, link: HostLink, kind: str, offender: Hosted | None, detail: str
+    ) -> None:
         """Kill a host, name the offender, and give the others a new one."""
         died = link.process.exit_code() is not None
         stack = link.process.last_words() if died else await link.process.stack()
@@ -598,7 +644,11 @@ class HostPool:
         self._links.remove(link)
         self._routes.clear()
         self._restarts += 1
-        orphans = [self._tasks[task_id] for task_id in sorted(link.tasks) if task_id in self._tasks]
+        orphans = [
+            self._tasks[task_id]
+            for task_id in sorted(link.tasks)
+            if task_id in self._tasks
+        ]
         for hosted in orphans:
             hosted.leave()
             hosted.rest("backoff", f"its host is being replaced: {detail}")
@@ -610,15 +660,27 @@ class HostPool:
             await self._renew(link, orphans, named=offender is not None)
 
     def _report(
-        self, link: HostLink, kind: str, offender: Hosted | None, detail: str, stack: str, tasks: int
+        self,
+        link: HostLink,
+        kind: str,
+        offender: Hosted | None,
+        detail: str,
+        stack: str,
+        tasks: int,
     ) -> None:
         if offender is not None:
             self._callbacks.on_offender(offender.task.task_id, kind, detail, stack)
             return
         text = f"background host {link.number} was replaced, no task could be named: {detail}"
-        self._callbacks.alert("", "warning", f"{text}; {tasks} tasks resume. Its last words: {stack[-1000:] or 'none'}")
+        self._callbacks.alert(
+            "",
+            "warning",
+            f"{text}; {tasks} tasks resume. Its last words: {stack[-1000:] or 'none'}",
+        )
 
-    async def _renew(self, link: HostLink, orphans: list[Hosted], *, named: bool) -> None:
+    async def _renew(
+        self, link: HostLink, orphans: list[Hosted], *, named: bool
+    ) -> None:
         failures = 0
         if not named:
             lived_s = (self._clock.monotonic_ns() - link.started_ns) / 1e9
@@ -652,7 +714,9 @@ class HostPool:
         hosted.resumes_ns = 1 << 62
         self._chore(later())
 
-    def _punish(self, hosted: Hosted, kind: str, detail: str, stack: str, old: HostLink) -> None:
+    def _punish(
+        self, hosted: Hosted, kind: str, detail: str, stack: str, old: HostLink
+    ) -> None:
         now = self._clock.monotonic_ns()
         repeated = hosted.offended_ns and now - hosted.offended_ns < _REPEAT_NS
         hosted.offended_ns = now
@@ -662,7 +726,9 @@ class HostPool:
             hosted.rest("quarantined", f"{why}. Last seen at:\n{stack[-600:]}")
             self._callbacks.on_health_changed(hosted.task.task_id, hosted.health())
             return
-        hosted.rest("backoff", f"{kind}: {detail}; comes back in a host of its own in 1 s")
+        hosted.rest(
+            "backoff", f"{kind}: {detail}; comes back in a host of its own in 1 s"
+        )
         hosted.resumes_ns = 1 << 62
 
         async def later() -> None:
@@ -685,7 +751,10 @@ class HostPool:
         if link is not None:
             self._place(hosted, link)
         else:
-            hosted.rest("quarantined", "no host of its own could be started. `nightdesk tasks resume` tries again")
+            hosted.rest(
+                "quarantined",
+                "no host of its own could be started. `nightdesk tasks resume` tries again",
+            )
 
     # --- what an operator sees -----------------------------------------------------------------------------
 
@@ -695,7 +764,10 @@ class HostPool:
 
     def describe(self) -> list[dict[str, Any]]:
         """Return one line per host."""
-        return [self._describe(link) for link in [*self._links, *filter(None, (self._spare,))]]
+        return [
+            self._describe(link)
+            for link in [*self._links, *filter(None, (self._spare,))]
+        ]
 
     def _describe(self, link: HostLink) -> dict[str, Any]:
         alive_s = (self._clock.monotonic_ns() - link.started_ns) / 1e9
@@ -733,7 +805,13 @@ _HANDLERS: dict[type[Frame], Callable[[HostPool, HostLink, Any], None]] = {
     Stopped: HostPool._on_stopped,
     Ask: HostPool._on_ask,
     Answer: lambda pool, link, frame: link.on_answer(frame),
-    Emitted: lambda pool, link, frame: pool._callbacks.emit(frame.task_id, decode_event(frame.event)),
-    Alerted: lambda pool, link, frame: pool._callbacks.alert(frame.task_id, frame.level, frame.text),
-    Logged: lambda pool, link, frame: pool._callbacks.log(frame.task_id, frame.level, frame.text, frame.fields),
+    Emitted: lambda pool, link, frame: pool._callbacks.emit(
+        frame.task_id, decode_event(frame.event)
+    ),
+    Alerted: lambda pool, link, frame: pool._callbacks.alert(
+        frame.task_id, frame.level, frame.text
+    ),
+    Logged: lambda pool, link, frame: pool._callbacks.log(
+        frame.task_id, frame.level, frame.text, frame.fields
+    ),
 }

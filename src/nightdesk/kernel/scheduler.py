@@ -1,20 +1,15 @@
-"""When each task runs: grids, calendars, sessions, dependencies, and the answers to failure.
-
-Due times fall into slots of one millisecond, which is what a loop's timers can keep: a dictionary from
-slot to entries and one heap of slots make 100,000 periodic tasks cheap, with one timer for all.
-Intervals are counted by the monotonic clock, calendars by the wall clock (R-27).
+"""When each task runs: grids, calendars, sessions, dependencies, and what follows from failure.
 
 Comes from: desk.py, kernel/inbox.py (events wake tasks)
-Goes to: kernel/runner.py, kernel/supervisor.py
+Goes to: kernel/timetable.py, kernel/runner.py, kernel/supervisor.py
 """
 
 import asyncio
 import logging
 import random
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextvars import Context, copy_context
-from heapq import heappop, heappush
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import copy_context
 from typing import Any
 
 import msgspec
@@ -23,22 +18,26 @@ from nightdesk.abc import Clock, Observer, Place
 from nightdesk.errors import (
     CommandError,
     DuplicateTaskError,
-    TaskCycleError,
     UnknownTaskError,
 )
-from nightdesk.kernel.figures import Histogram
-from nightdesk.kernel.hours import Calendar, Calendars, instant_in_words
-from nightdesk.kernel.loop import LANE, OWNER, Lane
-from nightdesk.kernel.runner import (
+from nightdesk.kernel.dependencies import Dependencies
+from nightdesk.kernel.entries import (
     DONE,
+    NEVER,
     Entry,
-    Finish,
+    Mode,
     Outcome,
     Registration,
-    Runner,
     Stage,
 )
+from nightdesk.kernel.figures import Histogram
+from nightdesk.kernel.hours import Calendars
+from nightdesk.kernel.loop import OWNER
+from nightdesk.kernel.reports import Reports
+from nightdesk.kernel.runner import Runner
+from nightdesk.kernel.sessions import Session, Sessions
 from nightdesk.kernel.supervisor import Supervisor, describe
+from nightdesk.kernel.timetable import MS_NS, Timetable, WallTable
 from nightdesk.kernel.triggers import compile_trigger
 from nightdesk.model.health import TaskHealth
 from nightdesk.model.priority import Priority
@@ -46,34 +45,15 @@ from nightdesk.model.schedule import Schedule
 
 __all__ = ["Scheduler"]
 
-_MS_NS = 1_000_000
 _SECOND_NS = 1_000_000_000
-_SLACK_NS = 100_000  # a timer may ring this early
-_NEVER = 1 << 62
-_ENTRIES_PER_RING = 1024
-_FREE_DELAY_NS = 100 * _MS_NS
+_FREE_DELAY_NS = 100 * MS_NS
 _MAX_SPINS = 64  # runs in a row at no delay, before a task rests for one slot
-_BLOCKED_NS = 50 * _MS_NS
-_WALL_POLL_S = 5.0
-_CLOCK_JUMP_NS = _SECOND_NS // 2
+_BLOCKED_NS = 50 * MS_NS
 _REMEMBERED = 64  # runs of one task that its figures are taken from
-_MAX_COALESCED = 1000
 
 _IDLE, _HELD, _RUNNING = Stage.IDLE, Stage.HELD, Stage.RUNNING
 
 _log = logging.getLogger(__name__)
-
-
-class _Session:
-    """One market calendar and the tasks that keep its hours."""
-
-    __slots__ = ("calendar", "change_ns", "entries", "phase")
-
-    def __init__(self, calendar: Calendar) -> None:
-        self.calendar = calendar
-        self.phase = ""
-        self.change_ns = 0
-        self.entries: dict[str, Entry] = {}
 
 
 class Scheduler:
@@ -111,7 +91,6 @@ class Scheduler:
             o.on_step for o in observers if type(o).on_step is not Observer.on_step
         ]
         self._on_change = on_change
-        self._place = place
         self._escalate_after = escalate_after
         self._supervisor = supervisor or Supervisor(random=random, observers=observers)
         self._group_limits = dict(group_limits or {})
@@ -119,31 +98,27 @@ class Scheduler:
             clock=clock,
             max_concurrent=max_concurrent,
             capacities={f"group:{name}": n for name, n in self._group_limits.items()},
-            on_finished=self._on_finished,
+            on_ran=self._on_ran,
+            on_failed=self._on_failed,
             on_stuck=self._on_stuck,
         )
         self._context = copy_context()
         self._context.run(OWNER.set, "")
-        self._timer_context = Context()
-        self._timer_context.run(LANE.set, Lane.CRITICAL)
         self._entries: dict[str, Entry] = {}
+        self._dependencies = Dependencies(self._entries)
+        self._reports = Reports(
+            clock, place, self._runner.keys, self._dependencies.missing
+        )
         self._listening: dict[str, dict[str, Entry]] = {}
-        self._sessions: dict[str, _Session] = {}
+        self._sessions = Sessions(clock)
+        self._dues = Timetable(clock, self._fall_due)
+        self._walls: WallTable[Entry | Session] = WallTable(
+            clock, self._strike, self._on_jump
+        )
+        self._phases: dict[int, int] = {}
+        self._lags = Histogram()
         self._started = False
         self._stopping = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        # Due times.
-        self._slots: dict[int, list[Entry]] = {}
-        self._slot_heap: list[int] = []
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_slot = _NEVER
-        self._phases: dict[int, int] = {}
-        # Calendar times.
-        self._walls: list[tuple[int, int, Entry | _Session]] = []
-        self._wall_count = 0
-        self._wall_timer: asyncio.TimerHandle | None = None
-        self._offset_ns = 0
-        self._lags = Histogram()
 
     # --- Registration -------------------------------------------------------------------------------
 
@@ -167,7 +142,10 @@ class Scheduler:
         trigger = compile_trigger(
             registration.schedule, self._calendars, f"task {registration.task_id!r}"
         )
-        self._check_after(registration)
+        self._dependencies.check(registration)
+        if self._started:
+            for name in registration.after:
+                self._entry(name)
         pool = self._runner.pool_of(registration.priority, trigger)
         entry = Entry(registration, trigger, pool, self._context)
         entry.claims = self._claims(registration)
@@ -184,6 +162,7 @@ class Scheduler:
         entry = self._entry(task_id)
         entry.mode = "removed"
         self._unlisten(entry)
+        self._dependencies.disconnect(entry)
         self._runner.withdraw(entry)
         waits = self._runner.cancel(entry)
         del self._entries[task_id]
@@ -216,17 +195,16 @@ class Scheduler:
         for entry in self._entries.values():
             for name in entry.registration.after:
                 self._entry(name)
-        self._loop = asyncio.get_running_loop()
         self._started = True
-        self._offset_ns = self._clock.now_ns() - self._monotonic()
+        self._dues.start()
+        self._walls.start()
+        self._runner.start()
         for entry in self._entries.values():
             self._connect(entry)
-        self._runner.start()
         now = self._monotonic()
         for entry in self._entries.values():
             if entry.mode == "active":
                 self._arm_first(entry, now)
-        self._set_timer()
 
     async def stop(self, timeout_s: float = 8.0) -> list[str]:
         """Run nothing new, wait for what runs, cancel the rest after half of `timeout_s`.
@@ -235,9 +213,8 @@ class Scheduler:
             The tasks whose cycle still goes on, by name.
         """
         self._stopping = True
-        for timer in (self._timer, self._wall_timer):
-            if timer is not None:
-                timer.cancel()
+        self._dues.stop()
+        self._walls.stop()
         stuck = await self._runner.stop(timeout_s) if self._started else []
         for task_id in stuck:
             _log.error("task %s ignores its cancellation and is left behind", task_id)
@@ -253,21 +230,6 @@ class Scheduler:
         if registration.group in self._group_limits:
             return (*registration.keys, f"group:{registration.group}")
         return registration.keys
-
-    def _check_after(self, new: Registration) -> None:
-        if self._started:
-            for name in new.after:
-                self._entry(name)
-
-        def follow(name: str, trail: list[str]) -> None:
-            if name == new.task_id:
-                raise TaskCycleError([*trail, name])
-            entry = self._entries.get(name)
-            for further in entry.registration.after if entry is not None else ():
-                follow(further, [*trail, name])
-
-        for name in new.after:
-            follow(name, [new.task_id])
 
     def _restore(self, entry: Entry, status: TaskHealth | str | None) -> None:
         if status is None:
@@ -285,29 +247,15 @@ class Scheduler:
 
     def _connect(self, entry: Entry) -> None:
         """Introduce a new entry to its market and to the tasks it comes after."""
-        calendar = entry.trigger.calendar
-        if calendar is not None:
-            session = self._sessions.get(calendar.name)
-            if session is None:
-                session = self._sessions[calendar.name] = _Session(calendar)
-                self._look_at(session)
-            session.entries[entry.id] = entry
-        self._take_phase(entry)
-        if entry.registration.after:
-            entry.after_seen = dict.fromkeys(entry.registration.after, 0)
-            for name in entry.after_seen:
-                other = self._entries[name]
-                other.dependents = [*(other.dependents or ()), entry]
+        session = self._sessions.join(entry)
+        if session is not None and session.change_ns:
+            self._walls.insert(session, session.change_ns)
+        self._dependencies.connect(entry)
 
     def _unlisten(self, entry: Entry) -> None:
         for name in entry.trigger.events:
             self._listening.get(name, {}).pop(entry.id, None)
-        for session in self._sessions.values():
-            session.entries.pop(entry.id, None)
-        for name in entry.registration.after:
-            other = self._entries.get(name)
-            if other is not None and other.dependents:
-                other.dependents = [d for d in other.dependents if d is not entry]
+        self._sessions.leave(entry)
 
     # --- Commands ------------------------------------------------------------------------------------
 
@@ -441,10 +389,10 @@ class Scheduler:
             if group is None or entry.registration.group == group
         ]
 
-    def _set_aside(self, entry: Entry, mode: str, why: str) -> None:
-        entry.mode = mode  # type: ignore[assignment]
+    def _set_aside(self, entry: Entry, mode: Mode, why: str) -> None:
+        entry.mode = mode
         entry.why = why
-        entry.due_ns = 0
+        entry.due_ns = NEVER
         entry.again = False
         self._runner.withdraw(entry)
         self._tell(entry)
@@ -463,20 +411,19 @@ class Scheduler:
             if entry.stage is _RUNNING:
                 entry.again = True
             else:
-                self._take_phase(entry)
                 self._arm_first(entry, self._monotonic())
         self._tell(entry)
 
     def _tell(self, entry: Entry) -> None:
         if self._on_change is not None:
-            self._on_change(entry.id, self._health(entry))
+            self._on_change(entry.id, self._reports.health(entry))
 
     # --- Due times by the monotonic clock --------------------------------------------------------------
 
     def _arm_first(self, entry: Entry, now: int) -> None:
         """Plan the first run after a start, a resume or a new schedule."""
         trigger = entry.trigger
-        entry.due_ns = 0
+        entry.due_ns = NEVER
         if trigger.by_wall_clock:
             self._plan_wall(entry)
         elif trigger.kind == "every":
@@ -503,172 +450,98 @@ class Scheduler:
             return
         number = self._phases.get(interval, 0)
         self._phases[interval] = number + 1
-        entry.grid_ns = now + number * _MS_NS % interval
-        self._insert(entry, self._jittered(entry, entry.grid_ns))
+        entry.grid_ns = now + number * MS_NS % interval
+        self._dues.insert(entry, self._jittered(entry, entry.grid_ns))
 
     def _jittered(self, entry: Entry, due_ns: int) -> int:
         jitter = entry.trigger.jitter_ns
         return due_ns + int(self._random.random() * jitter) if jitter else due_ns
 
-    def _insert(self, entry: Entry, due_ns: int) -> None:
-        """Let `entry` be due at `due_ns`."""
-        entry.due_ns = due_ns
-        slot = -(-due_ns // _MS_NS)
-        armed = entry.armed
-        if armed and armed <= slot:
-            return  # rings earlier, and looks again then: no heap of stale alarms
-        entry.armed = slot
-        bucket = self._slots.get(slot)
-        if bucket is not None:
-            bucket.append(entry)
-            return
-        self._slots[slot] = [entry]
-        heappush(self._slot_heap, slot)
-        if slot < self._timer_slot:
-            self._set_timer()
-
-    def _set_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if not self._slot_heap or self._loop is None or self._stopping:
-            self._timer_slot = _NEVER
-            return
-        self._timer_slot = self._slot_heap[0]
-        delay_ns = self._timer_slot * _MS_NS - self._monotonic()
-        self._timer = self._loop.call_later(
-            max(0.0, delay_ns / _SECOND_NS), self._ring, context=self._timer_context
-        )
-
-    def _ring(self) -> None:
-        """Hand over what is due, at most so many at once that others get their turn in between."""
-        self._timer = None
-        now = self._monotonic()
-        last = (now + _SLACK_NS) // _MS_NS
-        heap = self._slot_heap
-        handed = 0
-        while heap and heap[0] <= last and handed < _ENTRIES_PER_RING:
-            slot = heappop(heap)
-            bucket = self._slots.pop(slot)
-            handed += len(bucket)
-            for entry in bucket:
-                if entry.armed == slot:
-                    entry.armed = 0
-                    if entry.due_ns:
-                        self._fall_due(entry, now)
-        self._set_timer()
-
     def _fall_due(self, entry: Entry, now: int) -> None:
         due = entry.due_ns
-        if due > now + _SLACK_NS:
-            self._insert(entry, due)
-        elif entry.mode == "backoff":
+        if entry.mode == "backoff":
             entry.mode = "active"
-            entry.due_ns = 0
-            entry.ready_ns = due
-            self._enqueue(entry)
-        elif entry.stage is _IDLE and entry.mode == "active":
-            # A run that is under way or queued makes this tick superfluous: `_rearm` counts it.
-            if entry.grid_ns and due >= entry.grid_ns:
-                entry.grid_ns += entry.interval_ns
-            entry.due_ns = 0
-            entry.ready_ns = due
-            self._enqueue(entry)
+        elif entry.stage is not _IDLE or entry.mode != "active":
+            return  # a run under way or queued makes this tick superfluous: `_rearm` counts it
+        elif 0 <= entry.grid_ns <= due:
+            entry.grid_ns += entry.interval_ns
+        entry.due_ns = NEVER
+        entry.ready_ns = due
+        self._enqueue(entry)
 
     def _enqueue(self, entry: Entry) -> None:
         if self._stopping:
             return
-        if entry.after_seen is not None and not self._may_follow(entry):
+        if entry.after_seen is None or self._dependencies.admit(entry):
+            self._runner.enqueue(entry)
+        else:
             entry.stage = _HELD
-            return
-        self._runner.enqueue(entry)
-
-    # --- Dependencies ------------------------------------------------------------------------------------
-
-    def _may_follow(self, entry: Entry) -> bool:
-        """Whether every task of `after` succeeded since this one last ran; if so, begin to count anew."""
-        seen = entry.after_seen
-        assert seen is not None
-        if self._missing(entry):
-            return False
-        for name in seen:
-            other = self._entries.get(name)
-            seen[name] = other.runs - other.errors if other is not None else 0
-        return True
-
-    def _missing(self, entry: Entry) -> list[str]:
-        missing = []
-        for name, count in (entry.after_seen or {}).items():
-            other = self._entries.get(name)
-            if other is None or other.mode == "completed":
-                continue  # it will not run again: nothing to wait for
-            if other.runs - other.errors <= count:
-                missing.append(name)
-        return missing
 
     def _release_held(self, entry: Entry) -> None:
-        if entry.stage is _HELD and entry.mode == "active" and self._may_follow(entry):
+        held = entry.stage is _HELD and entry.mode == "active"
+        if held and self._dependencies.admit(entry):
             self._runner.enqueue(entry)
 
     # --- After a cycle -------------------------------------------------------------------------------------
 
-    def _on_finished(self, entry: Entry, finish: Finish) -> None:
-        started, ended, outcome, failure, cause, blocked = finish
-        lag = started - entry.ready_ns
-        duration = ended - started
-        runs = entry.runs
-        entry.runs = runs + 1
-        self._remember(entry, runs, lag, duration)
-        for on_step in self._step_observers:
-            on_step(entry.id, started, duration, lag if lag > 0 else 0)
-        if blocked and duration > _BLOCKED_NS:
-            self._note_blocking(entry, duration, ended)
-        if entry.interval_ns and duration > entry.interval_ns:
-            self._note_overrun(entry, duration, ended)
-        if failure is not None:
-            self._fail(entry, failure, ended)
-            return
+    def _on_ran(self, entry: Entry, outcome: Outcome, blocked: bool) -> None:
+        now = entry.ended_ns
+        entry.successes += 1
+        self._remember(entry, now - entry.started_ns, blocked)
         if entry.failures is not None:
             self._supervisor.forgive(entry.failures)
-        if cause:
-            return  # stopped or removed: nothing follows
         if outcome is DONE:
-            self._complete(entry, "done")
+            self._complete(entry, "it said so")
         elif entry.mode == "active":
-            self._rearm(entry, ended, outcome)
+            self._rearm(entry, now, outcome)
             if entry.again:
                 entry.again = False
-                if entry.mode == "active" and entry.stage is _IDLE:
-                    entry.ready_ns = ended
-                    self._enqueue(entry)
+                entry.ready_ns = now
+                self._enqueue_idle(entry)
         if entry.dependents is not None:
             for dependent in entry.dependents:
                 self._release_held(dependent)
 
-    def _remember(self, entry: Entry, runs: int, lag: int, duration: int) -> None:
+    def _remember(self, entry: Entry, duration: int, blocked: bool) -> None:
+        lag = entry.started_ns - entry.ready_ns
+        runs = entry.runs
+        entry.runs = runs + 1
         self._lags.add(lag)
         lags, durations = entry.lags, entry.durations
         if lags is None or durations is None:
             entry.lags, entry.durations = array("q", (lag,)), array("q", (duration,))
-        elif len(lags) < _REMEMBERED:
+        elif runs < _REMEMBERED:
             lags.append(lag)
             durations.append(duration)
         else:
-            index = runs % _REMEMBERED
-            lags[index] = lag
-            durations[index] = duration
+            lags[runs % _REMEMBERED] = lag
+            durations[runs % _REMEMBERED] = duration
+        for on_step in self._step_observers:
+            on_step(entry.id, entry.started_ns, duration, max(0, lag))
+        if blocked and duration > _BLOCKED_NS:
+            text = f"held the loop for {duration / 1e9:.2f} s without awaiting"
+            self._note_overrun(entry, "blocking", text)
+        if entry.interval_ns and duration > entry.interval_ns:
+            # The grid stretches by itself: the next run is the next point of it after this moment.
+            interval = entry.interval_ns / 1e9
+            text = f"took {duration / 1e9:.2f} s, longer than its interval of {interval:g} s"
+            self._note_overrun(entry, "overrun", text)
+
+    def _note_overrun(self, entry: Entry, kind: str, text: str) -> None:
+        entry.overruns += 1
+        self._supervisor.warn(entry.id, kind, text, entry.ended_ns)
 
     def _rearm(self, entry: Entry, now: int, outcome: Outcome) -> None:
         """Plan the next run after a good one."""
         interval = entry.interval_ns
         grid = entry.grid_ns
-        if outcome is None and interval and grid:
+        if outcome is None and interval and grid >= 0:
             if grid <= now:  # ticks that passed meanwhile become this one run
                 passed = (now - grid) // interval + 1
                 entry.missed += passed
                 grid += passed * interval
                 entry.grid_ns = grid
-            self._insert(entry, self._jittered(entry, grid))
+            self._dues.insert(entry, self._jittered(entry, grid))
             return
         if entry.asleep:
             return
@@ -678,7 +551,7 @@ class Scheduler:
             return
         kind = entry.trigger.kind
         if kind == "free":
-            self._insert(entry, now + _FREE_DELAY_NS)
+            self._dues.insert(entry, now + _FREE_DELAY_NS)
         elif kind == "continuous":
             self._rearm_continuous(entry, now)
         elif kind == "once" or (kind == "instant" and not entry.wall_ns):
@@ -694,48 +567,43 @@ class Scheduler:
                 self._enqueue(entry)
                 return
             # Two states that hand the task to each other for ever must not stop time itself.
-            delay = _MS_NS
+            delay = MS_NS
         entry.spins = 0
-        if entry.grid_ns and now + delay > entry.grid_ns:
+        if 0 <= entry.grid_ns < now + delay:
             behind = now + delay - entry.grid_ns
             entry.grid_ns += (behind // entry.interval_ns + 1) * entry.interval_ns
-        self._insert(entry, now + delay)
+        self._dues.insert(entry, now + delay)
 
     def _rearm_continuous(self, entry: Entry, now: int) -> None:
         # A run shorter than a slot rests until the next one: an empty task would otherwise spin.
-        if now - entry.started_ns >= _MS_NS:
+        if now - entry.started_ns >= MS_NS:
             entry.ready_ns = now
             self._enqueue(entry)
         else:
-            self._insert(entry, now + _MS_NS)
+            self._dues.insert(entry, now + MS_NS)
 
     def _complete(self, entry: Entry, why: str) -> None:
         entry.mode = "completed"
         entry.why = why
-        entry.due_ns = 0
+        entry.due_ns = NEVER
         self._tell(entry)
         for dependent in entry.dependents or ():
             self._release_held(dependent)
         if entry.registration.on_final is not None:
-            entry.registration.on_final(self._health(entry))
-
-    def _note_blocking(self, entry: Entry, duration: int, now: int) -> None:
-        entry.overruns += 1
-        text = f"held the loop for {duration / 1e9:.2f} s without awaiting"
-        self._supervisor.warn(entry.id, "blocking", text, now)
-
-    def _note_overrun(self, entry: Entry, duration: int, now: int) -> None:
-        # The grid stretches by itself: the next run is the next point of it after this moment.
-        entry.overruns += 1
-        text = f"took {duration / 1e9:.2f} s, longer than its interval of {entry.interval_ns / 1e9:g} s"
-        self._supervisor.warn(entry.id, "overrun", text, now)
+            entry.registration.on_final(self._reports.health(entry))
 
     # --- Failure --------------------------------------------------------------------------------------------
 
-    def _fail(self, entry: Entry, error: BaseException, now: int) -> None:
+    def _on_failed(
+        self, entry: Entry, error: BaseException | None, blocked: bool
+    ) -> None:
+        now = entry.ended_ns
+        self._remember(entry, now - entry.started_ns, blocked)
+        entry.spins = 0
+        if error is None:
+            return  # stopped or removed: nothing follows
         entry.errors += 1
         entry.last_error = describe(error)
-        entry.spins = 0
         entry.failures, verdict = self._supervisor.answer(
             entry.id,
             entry.registration.type,
@@ -752,7 +620,7 @@ class Scheduler:
         entry.mode = "backoff"
         entry.why = verdict.consequence
         entry.restarts += 1
-        self._insert(entry, now + int(verdict.delay_s * _SECOND_NS))
+        self._dues.insert(entry, now + int(verdict.delay_s * _SECOND_NS))
 
     def _on_stuck(self, entry: Entry) -> None:
         error = RuntimeError("its cycle was cancelled and goes on all the same")
@@ -767,7 +635,7 @@ class Scheduler:
     def _quarantine(self, entry: Entry, why: str) -> None:
         entry.mode = "quarantined"
         entry.why = why.removeprefix("quarantined: ")
-        entry.due_ns = 0
+        entry.due_ns = NEVER
         self._tell(entry)
         group = entry.registration.group
         if self._escalate_after is None or group is None:
@@ -788,138 +656,65 @@ class Scheduler:
             entry.missed += 1
             self._complete(entry, "its time had passed when it was started")
             return
-        self._insert_wall(entry, due)
+        entry.wall_ns = due
+        self._walls.insert(entry, due)
 
-    def _insert_wall(self, what: Entry | _Session, due_ns: int) -> None:
-        if isinstance(what, Entry):
-            what.wall_ns = due_ns
-        else:
-            what.change_ns = due_ns
-        self._wall_count += 1
-        heappush(self._walls, (due_ns, self._wall_count, what))
-        if self._walls[0][2] is what or self._wall_timer is None:
-            self._set_wall_timer()
-
-    def _set_wall_timer(self) -> None:
-        if self._wall_timer is not None:
-            self._wall_timer.cancel()
-            self._wall_timer = None
-        if not self._walls or self._loop is None or self._stopping:
+    def _strike(self, what: Entry | Session, due: int, now: int) -> None:
+        """An instant has come: of a market, or of a task, which runs once however many have passed."""
+        if isinstance(what, Session):
+            if due == what.change_ns:
+                self._look_at(what)
             return
-        left_s = (self._walls[0][0] - self._clock.now_ns()) / _SECOND_NS
-        # Not one long sleep: the wall clock may be set meanwhile, and the machine suspended.
-        delay_s = min(max(0.0, left_s), _WALL_POLL_S)
-        self._wall_timer = self._loop.call_later(
-            delay_s, self._on_wall, context=self._timer_context
-        )
-
-    def _on_wall(self) -> None:
-        self._wall_timer = None
-        now = self._clock.now_ns()
-        self._notice_jump(now)
-        walls = self._walls
-        while walls and walls[0][0] <= now + _SLACK_NS:
-            due, _, what = heappop(walls)
-            if isinstance(what, _Session):
-                if due == what.change_ns:
-                    self._look_at(what)
-            elif due == what.wall_ns:
-                self._strike(what, due, max(now, due))
-        self._set_wall_timer()
-
-    def _strike(self, entry: Entry, due: int, now: int) -> None:
-        """An instant of the calendar has come for `entry`: run it, once, however many have passed."""
-        passed = -1
-        following = None
-        for following in self._instants(entry, due):
-            passed += 1
-            if following > now or passed >= _MAX_COALESCED:
-                break
-        else:
-            following = None
-        if following is None:
-            entry.wall_ns = 0
-        else:
-            self._insert_wall(entry, max(following, now + 1))
-        if entry.mode not in ("active", "backoff") or entry.asleep:
+        if due != what.wall_ns:
+            return  # planned anew meanwhile
+        what.wall_ns, passed = what.trigger.following(due, now)
+        if what.wall_ns:
+            self._walls.insert(what, what.wall_ns)
+        if what.mode not in ("active", "backoff") or what.asleep:
             return
-        entry.missed += max(0, passed)
-        monotonic = self._monotonic()
-        entry.fired_ns = monotonic
-        if entry.mode == "backoff" or entry.stage is not _IDLE:
-            entry.missed += 1
-        elif entry.trigger.jitter_ns:
-            self._insert(entry, self._jittered(entry, monotonic))
+        monotonic = what.fired_ns = self._monotonic()
+        what.missed += passed
+        if what.mode == "backoff" or what.stage is not _IDLE:
+            what.missed += 1
+        elif what.trigger.jitter_ns:
+            self._dues.insert(what, self._jittered(what, monotonic))
         else:
-            entry.ready_ns = monotonic - (now - due)
-            self._enqueue(entry)
+            what.ready_ns = monotonic - (now - due)
+            self._enqueue(what)
 
-    def _instants(self, entry: Entry, due: int) -> Iterable[int]:
-        return entry.trigger.walls(due) if entry.trigger.kind == "cron" else ()
-
-    def _notice_jump(self, now: int) -> None:
+    def _on_jump(self, moved_ns: int) -> None:
         """Plan anew if somebody set the clock back; a clock set forward is seen by what became due."""
-        offset = now - self._monotonic()
-        jumped, self._offset_ns = offset - self._offset_ns, offset
-        if abs(jumped) < _CLOCK_JUMP_NS:
-            return
-        _log.warning("the wall clock was set by %+.1f s", jumped / _SECOND_NS)
-        for session in self._sessions.values():
+        for session in self._sessions.all():
             self._look_at(session)
-        if jumped < 0:
-            for entry in list(self._entries.values()):
-                if entry.wall_ns and entry.trigger.kind == "cron":
-                    self._insert_wall(entry, self._first_new(entry, now))
+        if moved_ns >= 0:
+            return
+        wall, monotonic = self._clock.now_ns(), self._monotonic()
+        for entry in self._entries.values():
+            if entry.wall_ns and entry.trigger.kind == "cron":
+                since_run = (
+                    None if entry.fired_ns == NEVER else monotonic - entry.fired_ns
+                )
+                entry.wall_ns = entry.trigger.first_new(wall, since_run)
+                self._walls.insert(entry, entry.wall_ns)
 
-    def _first_new(self, entry: Entry, now: int) -> int:
-        """Return the next instant of `entry` that its last run does not already stand for.
-
-        After the clock was set back by an hour, the daily job of 10:00 that ran must not run again,
-        and the job of each minute must not be silent for an hour. So an instant counts as new when
-        half of its period has really passed since the last run.
-        """
-        following = entry.trigger.walls(now)
-        first, second = next(iter(following)), next(iter(following))
-        if entry.fired_ns:
-            real = self._monotonic() + (first - now) - entry.fired_ns
-            if 2 * real < second - first:
-                return second
-        return first
-
-    # --- Sessions -------------------------------------------------------------------------------------------
-
-    def _look_at(self, session: _Session) -> None:
-        """Read the phase of a market and let its tasks follow a change at once."""
-        wall = self._clock.now_ns()
-        phase = session.calendar.phase(wall + _SLACK_NS)
-        change = session.calendar.next_change(wall + _SLACK_NS)
-        changed, session.phase = session.phase not in ("", phase), phase
-        if change is not None:
-            self._insert_wall(session, change)
+    def _look_at(self, session: Session) -> None:
+        """Let the tasks of a market follow a change of its phase at once."""
+        changed = self._sessions.look_at(session)
+        if session.change_ns:
+            self._walls.insert(session, session.change_ns)
         if not changed:
             return
-        now = self._monotonic()
         self._phases.clear()
-        for entry in list(session.entries.values()):
-            before = entry.interval_ns, entry.asleep
-            self._take_phase(entry)
-            if (entry.interval_ns, entry.asleep) != before and entry.mode == "active":
-                entry.due_ns = entry.grid_ns = 0
-                if not entry.trigger.by_wall_clock:
-                    self._wake_up(entry, now)
-
-    def _wake_up(self, entry: Entry, now: int) -> None:
-        if entry.trigger.kind == "every":
-            self._begin_grid(entry, now)
-        elif entry.trigger.kind in ("continuous", "once") and not entry.asleep:
-            entry.ready_ns = now
-            self._enqueue_idle(entry)
-
-    def _take_phase(self, entry: Entry) -> None:
-        calendar = entry.trigger.calendar
-        phase = self._sessions[calendar.name].phase if calendar is not None else "open"
-        entry.asleep = phase in entry.trigger.pauses
-        entry.interval_ns = entry.trigger.interval_ns(phase)
+        now = self._monotonic()
+        for entry in changed:
+            if entry.mode != "active" or entry.trigger.by_wall_clock:
+                continue
+            entry.due_ns = entry.grid_ns = NEVER
+            if entry.trigger.kind == "every":
+                self._begin_grid(entry, now)
+            elif entry.trigger.kind in ("continuous", "once") and not entry.asleep:
+                entry.ready_ns = now
+                self._enqueue_idle(entry)
 
     # --- Health -----------------------------------------------------------------------------------------------
 
@@ -929,111 +724,25 @@ class Scheduler:
         Raises:
             UnknownTaskError: No such task.
         """
-        return self._health(self._entry(task_id))
+        return self._reports.health(self._entry(task_id))
 
     def health_all(self) -> list[TaskHealth]:
         """Return how every task is, in order of registration."""
-        return [self._health(entry) for entry in self._entries.values()]
+        return [self._reports.health(entry) for entry in self._entries.values()]
 
     def next_run_in_words(self, task_id: str) -> str:
         """Return when a task runs next: `in 4 s`, `Mon 09:15 IST`, `paused until Mon 09:15 IST`."""
-        return self._words(self._entry(task_id))
+        return self._reports.words(self._entry(task_id))
 
     def stats(self) -> dict[str, Any]:
         """Return counts and the distribution of lags over all tasks."""
         return {
             "tasks": len(self._entries),
             "runs": self._lags.count,
-            "slots": len(self._slots),
+            "due": len(self._dues),
             **self._runner.stats(),
             **{
                 f"lag_{name}_s": value / 1e9
                 for name, value in self._lags.summary().items()
             },
         }
-
-    def _health(self, entry: Entry) -> TaskHealth:
-        registration = entry.registration
-        wall, monotonic = self._clock.now_ns(), self._monotonic()
-        return TaskHealth(
-            task_id=entry.id,
-            type=registration.type,
-            priority=str(registration.priority),
-            group=registration.group,
-            runs_in=self._place,
-            status=self._status(entry),
-            why=self._words(entry),
-            runs=entry.runs,
-            errors=entry.errors,
-            restarts=entry.restarts,
-            overruns=entry.overruns,
-            missed=entry.missed,
-            last_run_ns=wall - (monotonic - entry.started_ns) if entry.runs else 0,
-            next_run_ns=self._next_run_ns(entry, wall, monotonic),
-            last_error=entry.last_error,
-            lag_p99_s=_quantile(entry.lags, 0.99),
-            duration_p50_s=_quantile(entry.durations, 0.5),
-            duration_p99_s=_quantile(entry.durations, 0.99),
-        )
-
-    def _status(self, entry: Entry) -> str:
-        if entry.mode != "active":
-            return entry.mode
-        if entry.stage is _RUNNING:
-            return "running"
-        return "paused" if entry.asleep and entry.stage is _IDLE else "waiting"
-
-    def _next_run_ns(self, entry: Entry, wall: int, monotonic: int) -> int:
-        if entry.mode not in ("active", "backoff"):
-            return 0
-        if entry.asleep and entry.trigger.calendar is not None:
-            return self._sessions[entry.trigger.calendar.name].change_ns
-        times = [wall + max(0, entry.due_ns - monotonic)] if entry.due_ns else []
-        return min([*times, *([entry.wall_ns] if entry.wall_ns else [])], default=0)
-
-    def _words(self, entry: Entry) -> str:
-        wall, monotonic = self._clock.now_ns(), self._monotonic()
-        if entry.mode == "paused":
-            return f"paused {entry.why}"
-        if entry.mode == "quarantined":
-            return f"{entry.why}; `nightdesk tasks resume {entry.id}` runs it again"
-        if entry.mode not in ("active", "backoff"):
-            return f"{entry.mode}: {entry.why}" if entry.why else entry.mode
-        if entry.stage is not _IDLE:
-            return self._words_of_stage(entry, monotonic)
-        due = self._next_run_ns(entry, wall, monotonic)
-        if entry.mode == "backoff":
-            return f"{entry.last_error}; {_how_soon(due, wall, 'UTC')}"
-        if entry.asleep:
-            when = instant_in_words(due, wall, entry.trigger.timezone) if due else ""
-            return (
-                f"paused until {when}" if when else "paused: its market opens no more"
-            )
-        text = _how_soon(due, wall, entry.trigger.timezone) if due else ""
-        events = f"on {', '.join(entry.trigger.events)}" if entry.trigger.events else ""
-        return " or ".join(filter(None, (text, events))) or "when it is woken"
-
-    def _words_of_stage(self, entry: Entry, monotonic: int) -> str:
-        if entry.stage is _RUNNING:
-            return f"running for {(monotonic - entry.started_ns) / 1e9:.1f} s"
-        if entry.stage is _HELD:
-            return f"waits for a run of {', '.join(self._missing(entry))}"
-        if entry.stage is Stage.KEYS:
-            return self._runner.keys.why(entry.id).replace("group:", "a slot of group ")
-        return "waits for its turn"
-
-
-def _how_soon(due_ns: int, now_ns: int, timezone: str) -> str:
-    left_s = max(0, due_ns - now_ns) / 1e9
-    if left_s < 120:
-        return f"in {left_s:.0f} s" if left_s >= 10 else f"in {left_s:.1f} s"
-    if left_s < 7200:
-        return f"in {left_s / 60:.0f} min"
-    return instant_in_words(due_ns, now_ns, timezone)
-
-
-def _quantile(values: "array[int] | None", share: float) -> float:
-    if not values:
-        return 0.0
-    ordered = sorted(values)
-    return max(0, ordered[min(len(ordered) - 1, int(share * len(ordered)))]) / 1e9

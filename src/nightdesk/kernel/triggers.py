@@ -22,6 +22,7 @@ Kind = Literal["free", "every", "cron", "instant", "once", "continuous", "event"
 SECOND_NS = 1_000_000_000
 MIN_INTERVAL_S = 0.001  # what a loop's timers can keep
 _MAX_INTERVAL_S = 366 * 86_400.0
+_MAX_COALESCED = 1000
 
 
 class Trigger:
@@ -100,6 +101,35 @@ class Trigger:
             )
             if due_ns > after_ns:
                 yield due_ns
+
+    def following(self, due_ns: int, now_ns: int) -> tuple[int, int]:
+        """Return the first instant after `now_ns` (0: none), and how many after `due_ns` it passes over."""
+        if self.kind != "cron":
+            return 0, 0
+        passed = 0
+        for instant in self.walls(due_ns):
+            if instant > now_ns or passed >= _MAX_COALESCED:
+                return max(instant, now_ns + 1), passed
+            passed += 1
+        return 0, passed
+
+    def first_new(self, now_ns: int, since_run_ns: int | None) -> int:
+        """Return the first instant after `now_ns` that the last run does not already stand for.
+
+        After the clock was set back by an hour, the daily job of 10:00 that ran must not run again,
+        and the job of each minute must not be silent for an hour. So an instant counts as new when
+        half of its period has really passed since the last run.
+
+        Args:
+            since_run_ns: Monotonic time since the last run, None if there was none.
+        """
+        instants = self.walls(now_ns)
+        first, second = next(instants), next(instants)
+        if since_run_ns is not None:
+            real_ns = since_run_ns + first - now_ns
+            if 2 * real_ns < second - first:
+                return second
+        return first
 
     @property
     def by_wall_clock(self) -> bool:

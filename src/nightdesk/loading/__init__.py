@@ -1,10 +1,10 @@
-"""`desk.yaml` becomes a desk: text to typed structs, names to classes, classes to objects.
+"""`desk.yaml` becomes a desk: text to typed structs, names to classes.
 
 Every problem of a configuration is found in one pass and told with its file, line, key, what was
 expected, and what was probably meant (R-26).
 
-Comes from: cli/, desk.py
-Goes to: config.py, tasks/, venues/, sources/, stores/
+Comes from: cli/
+Goes to: config.py, wiring.py, host.py
 """
 
 from collections.abc import Mapping
@@ -16,15 +16,7 @@ import msgspec
 
 from nightdesk.config import Config
 from nightdesk.errors import ConfigError
-from nightdesk.loading.build import (
-    adjustments,
-    build_source,
-    build_store,
-    build_venue,
-    function_cycle,
-    make_context,
-    start_of_recordings,
-)
+from nightdesk.loading.build import adjustments, function_cycle, make_context
 from nightdesk.loading.check import SECTIONS, check
 from nightdesk.loading.classes import catalog, load_class, load_task
 from nightdesk.loading.tree import Problems, Tree, overlay_environment, overlay_flags, read_file
@@ -32,9 +24,6 @@ from nightdesk.loading.tree import Problems, Tree, overlay_environment, overlay_
 __all__ = [
     "DEFAULT_FILE",
     "adjustments",
-    "build_source",
-    "build_store",
-    "build_venue",
     "catalog",
     "check_config",
     "function_cycle",
@@ -44,7 +33,6 @@ __all__ = [
     "make_context",
     "sample_config",
     "secrets_of",
-    "start_of_recordings",
 ]
 
 DEFAULT_FILE = "desk.yaml"

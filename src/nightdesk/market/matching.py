@@ -104,7 +104,7 @@ class MatchingEngine:
     """Matches orders of our own against the market that a feed shows.
 
     Market orders take what is shown, level by level; the rest waits for the quotes of the next
-    `market_patience_ns` and is then cancelled (`NO_LIQUIDITY`). Resting orders fill when a quote
+    `market_patience_s` and is then cancelled (`NO_LIQUIDITY`). Resting orders fill when a quote
     crosses them (up to the shown quantity, at their price), when trades reach them after their
     queue, or when a trade goes through their price. Our own orders never meet each other.
     `reduce_only` is kept at every fill: never more than the position, and the rest is cancelled
@@ -116,8 +116,8 @@ class MatchingEngine:
         client_ids: Whether a client order id may come only once (`forever`), once among `open`
             orders (Binance), or as often as one likes (`none`).
         check_funds: False lets balances go negative (short selling without a loan).
-        stale_after_ns: An older market fills nothing.
-        market_patience_ns: How long the rest of a market order waits.
+        stale_after_s: An older market fills nothing.
+        market_patience_s: How long the rest of a market order waits.
         max_open_orders: More are refused (`TOO_MANY_ORDERS`).
         history: Finished orders and fills that stay known to look-ups; the statement keeps all.
     """
@@ -129,8 +129,8 @@ class MatchingEngine:
         *,
         client_ids: ClientIdRule = "forever",
         check_funds: bool = True,
-        stale_after_ns: int = 120_000_000_000,
-        market_patience_ns: int = 3_000_000_000,
+        stale_after_s: float = 120.0,
+        market_patience_s: float = 3.0,
         max_open_orders: int = 10_000,
         history: int = 200_000,
     ) -> None:
@@ -138,8 +138,8 @@ class MatchingEngine:
         self.unknown_symbols = 0
         self._client_ids = client_ids
         self._check_funds = check_funds
-        self._stale_after_ns = stale_after_ns
-        self._patience_ns = market_patience_ns
+        self._stale_after_ns = round(stale_after_s * 1e9)
+        self._patience_ns = round(market_patience_s * 1e9)
         self._max_open = max_open_orders
         self._markets = {
             instrument.symbol: _Market(instrument) for instrument in instruments
@@ -443,7 +443,9 @@ class MatchingEngine:
         best = market.shown.best(order.side.opposite)
         if is_fresh:
             order.ahead = market.shown.quantity(order.side, order.price)
-        if not is_fresh or (best is not None and (order.price - best) * order.side.sign >= 0):
+        if not is_fresh or (
+            best is not None and (order.price - best) * order.side.sign >= 0
+        ):
             market.eager[order.venue_order_id] = order
         market.resting[order.side].add(order)
 
@@ -460,7 +462,9 @@ class MatchingEngine:
             if best is None or not resting:
                 continue
             for order in resting.reached(best):
-                self._take(market, order, as_maker=order.venue_order_id not in market.eager)
+                self._take(
+                    market, order, as_maker=order.venue_order_id not in market.eager
+                )
         self._update_eager(market)
 
     def _update_eager(self, market: _Market) -> None:
@@ -470,7 +474,9 @@ class MatchingEngine:
         for side, resting in market.resting.items():
             best = market.shown.best(side.opposite)
             if best is not None and resting:
-                market.eager.update((order.venue_order_id, order) for order in resting.reached(best))
+                market.eager.update(
+                    (order.venue_order_id, order) for order in resting.reached(best)
+                )
 
     def _take(self, market: _Market, order: Working, *, as_maker: bool = False) -> None:
         """Fill `order` from what is shown. As the maker it trades at its own price."""

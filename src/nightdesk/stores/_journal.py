@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from nightdesk.abc import Delete, Put, Record
+from nightdesk.abc import Delete, Put, Record, Shelf
 from nightdesk.errors import NewerSchemaError, StateDamagedError
 from nightdesk.stores._lock import create_private, sync_directory, write_all
 from nightdesk.stores._writer import DiskFull
@@ -48,7 +48,7 @@ class Entry(msgspec.Struct, array_like=True, frozen=True):
 
     kind: str
     key: str
-    shelf: str
+    shelf: Shelf
     data: bytes | None
     epoch: int
     sequence: int
@@ -88,7 +88,7 @@ def entries_of(
     return tuple(
         Entry(op.kind, op.key, op.shelf, op.data, epoch, sequence + number)
         if isinstance(op, Put)
-        else Entry(op.kind, op.key, "", None, epoch, sequence + number)
+        else Entry(op.kind, op.key, "active", None, epoch, sequence + number)
         for number, op in enumerate(records, 1)
     )
 
@@ -191,15 +191,13 @@ def replay(data: bytes, path: str, *, version: int = FORMAT_VERSION) -> Replay:
 
 
 def apply(records: dict[tuple[str, str], Record], entry: Entry) -> None:
-    """Change `records` as `entry` says."""
+    """Change `records` as `entry` says, keeping them in order of sequence."""
     name = (entry.kind, entry.key)
-    records.pop(
-        name, None
-    )  # so that the order of the dictionary stays the order of the sequence
+    records.pop(name, None)
     if entry.data is not None:
         records[name] = Record(
             entry.kind, entry.key, entry.data, entry.shelf, entry.epoch, entry.sequence
-        )  # type: ignore[arg-type]
+        )
 
 
 def write_compacted(

@@ -47,7 +47,7 @@ _INDEX = "CREATE UNIQUE INDEX records_name ON records(kind, key)"
 STATEMENTS = (
     "CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 1), epoch INTEGER NOT NULL, sequence INTEGER NOT NULL) STRICT",
     "CREATE TABLE records (id INTEGER PRIMARY KEY, kind TEXT NOT NULL, key TEXT NOT NULL, shelf TEXT NOT NULL, "
-    "data BLOB NOT NULL, epoch INTEGER NOT NULL, sequence INTEGER NOT NULL, checksum INTEGER NOT NULL) STRICT",
+    "epoch INTEGER NOT NULL, sequence INTEGER NOT NULL, checksum INTEGER NOT NULL, data BLOB NOT NULL) STRICT",
     _INDEX,
     "CREATE TABLE tally (kind TEXT PRIMARY KEY, count INTEGER NOT NULL, total INTEGER NOT NULL) STRICT, WITHOUT ROWID",
     "CREATE TABLE quarantine (id INTEGER PRIMARY KEY, kind ANY, key ANY, shelf ANY, data ANY, epoch ANY, "
@@ -59,7 +59,7 @@ STATEMENTS = (
     "CREATE TRIGGER tally_delete AFTER DELETE ON records BEGIN UPDATE tally "
     f"SET count = count - 1, total = (total - old.checksum) & {SEAL_MASK} WHERE kind = old.kind; END",
 )
-_COLUMNS = "kind, key, shelf, data, epoch, sequence, checksum"
+_COLUMNS = "kind, key, shelf, epoch, sequence, checksum, data"
 
 MIGRATIONS: Mapping[int, Callable[[apsw.Connection], None]] = {}
 """From old schema version to the function that brings a database to the next one."""
@@ -143,7 +143,7 @@ def read_rows(
 
 
 def _checked(row: tuple[Any, ...]) -> Record | BadRow:
-    number, kind, key, shelf, data, epoch, sequence, checksum = row
+    number, kind, key, shelf, epoch, sequence, checksum, data = row
     if not (
         isinstance(kind, str)
         and isinstance(key, str)
@@ -172,7 +172,7 @@ def verify(connection: apsw.Connection, path: str) -> list[BadRow]:
             bad.append(checked)
             continue
         counts[checked.kind] += 1
-        totals[checked.kind] += row[-1]
+        totals[checked.kind] += row[6]
         newest = max(newest, checked.sequence)
     _compare_with_tally(connection, path, counts, totals, bad)
     if newest > int(connection.execute("SELECT sequence FROM meta").get or 0):
@@ -257,9 +257,7 @@ def repair(connection: apsw.Connection, path: str, bad: list[BadRow]) -> None:
         connection.execute(_INDEX)
         connection.execute("DELETE FROM tally")
         connection.execute(
-            "INSERT INTO tally SELECT kind, count(*), "
-            f"(((sum(checksum >> 24) & 0xFFFFFF) << 24) + sum(checksum & 0xFFFFFF)) & {SEAL_MASK} "
-            "FROM records GROUP BY kind"
+            f"INSERT INTO tally SELECT kind, count(*), sum(checksum) & {SEAL_MASK} FROM records GROUP BY kind"
         )
         found = integrity(connection)
         if found:

@@ -59,7 +59,10 @@ class Keeper(Protocol):
         """
 
     def rest(self, *, busy: bool) -> bool:
-        """Do small housekeeping after a group; return whether more of it waits."""
+        """Do some housekeeping: after a group (`busy`), or when nothing came for a while.
+
+        Returns whether more of it waits.
+        """
 
 
 class _Save(NamedTuple):
@@ -184,7 +187,7 @@ class GroupWriter:
                 if job.last:
                     return
             if self.state == "ok":
-                self._rest()
+                self._rest(busy=bool(saves))
 
     def _take(self) -> tuple[list[_Save], _Job | None]:
         """Wait for work; return the saves that stand before the next job, and that job."""
@@ -276,9 +279,9 @@ class GroupWriter:
         self._change("failed", error)
         return error
 
-    def _rest(self) -> None:
+    def _rest(self, *, busy: bool) -> None:
         try:
-            self._more_rest = self._keeper.rest(busy=not self._queue.empty())
+            self._more_rest = self._keeper.rest(busy=busy)
         except DiskFull:
             self._more_rest = (
                 False  # housekeeping can wait for space; the next group tries again

@@ -146,13 +146,11 @@ class FilesStore(DirectoryStore):
 
     def rest(self, *, busy: bool) -> bool:
         """Bring the readable files up to date while nothing else waits, at the latest after a second."""
-        now = self._clock.monotonic_ns()
-        if self._mirror.waiting and not (
-            busy and now - self._mirrored_ns < _MIRROR_LAG_NS
-        ):
+        late = self._clock.monotonic_ns() - self._mirrored_ns >= _MIRROR_LAG_NS
+        if self._mirror.waiting and (late or not busy):
             with _full():
                 self._show(None if self._inline else _FILES_PER_REST)
-        if self._log.size > self._compact_at and not busy:
+        if self._log.size > self._compact_at and (late or not busy):
             with _full():
                 self._show(
                     None

@@ -36,7 +36,7 @@ def _upsert(rows: int) -> str:
     so that a busy loop does not stretch a commit by its switch interval for each row."""
     values = ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * rows)
     return (
-        f"INSERT INTO records (kind, key, shelf, data, epoch, sequence, checksum) VALUES {values} "
+        f"INSERT INTO records (kind, key, shelf, epoch, sequence, checksum, data) VALUES {values} "
         "ON CONFLICT (kind, key) DO UPDATE SET shelf = excluded.shelf, data = excluded.data, "
         "epoch = excluded.epoch, sequence = excluded.sequence, checksum = excluded.checksum"
     )
@@ -197,7 +197,7 @@ class SqliteStore(DirectoryStore):
 
     def _row(self, put: Put, sequence: int) -> tuple[Any, ...]:
         checksum = seal(put.kind, put.key, put.shelf, put.data, self.epoch, sequence)
-        return (put.kind, put.key, put.shelf, put.data, self.epoch, sequence, checksum)
+        return (put.kind, put.key, put.shelf, self.epoch, sequence, checksum, put.data)
 
     def _write(self, connection: apsw.Connection, values: list[Any]) -> None:
         width = 7 * _CHUNK

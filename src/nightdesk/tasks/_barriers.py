@@ -88,7 +88,10 @@ def barrier_due(
 ) -> str | None:
     """Return the barrier that `price` or the time has hit: stop loss before trailing before profit before time."""
     move = (price - guard.entry_price) * guard.sign
-    if barriers.stop_loss is not None and move <= -barriers.stop_loss * guard.entry_price:
+    if (
+        barriers.stop_loss is not None
+        and move <= -barriers.stop_loss * guard.entry_price
+    ):
         return "STOP_LOSS"
     if guard.broke_even and move <= 0:
         return "BREAK_EVEN"

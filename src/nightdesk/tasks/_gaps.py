@@ -96,9 +96,7 @@ class PoolRules(msgspec.Struct, frozen=True, kw_only=True):
         return edge, None
 
     @staticmethod
-    def costs(
-        *ratios: Decimal, fixed_usd: Decimal, trade_usd: Decimal
-    ) -> int:
+    def costs(*ratios: Decimal, fixed_usd: Decimal, trade_usd: Decimal) -> int:
         """Return the sum of `ratios` and of a fixed cost per trade, in ppm."""
         return sum(to_ppm(r) for r in ratios) + to_ppm(fixed_usd / trade_usd)
 

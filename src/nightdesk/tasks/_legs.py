@@ -14,7 +14,9 @@ from nightdesk.tasks._execution import ZERO
 __all__ = ["coarser_lot", "money_of", "net_edge", "net_quantity", "to_ppm"]
 
 
-def net_edge(ask: Decimal, buy_fee: Decimal, bid: Decimal, sell_fee: Decimal) -> Decimal:
+def net_edge(
+    ask: Decimal, buy_fee: Decimal, bid: Decimal, sell_fee: Decimal
+) -> Decimal:
     """Return what buying at `ask` and selling at `bid` earns after fees, as a ratio of what is paid."""
     paid = ask * (1 + buy_fee)
     return (bid * (1 - sell_fee) - paid) / paid

@@ -162,9 +162,7 @@ class ParentOrderTask(Task[ContextT]):
             self.evolve_context(resume_ns=0, pause_reason=None)
             self._transition(TradingStrategyState.EXECUTING)
         else:
-            self.wait(
-                min(IDLE_S, left_ns / 1e9) if self.context.resume_ns else IDLE_S
-            )
+            self.wait(min(IDLE_S, left_ns / 1e9) if self.context.resume_ns else IDLE_S)
 
     async def _look_after(self, order: Order) -> None:
         if order.status not in LIVE:

@@ -28,6 +28,7 @@ from nightdesk.tasks._execution import (
     reached_venue,
     seconds,
 )
+from nightdesk.tasks._following import PoolFollower
 from nightdesk.tasks._gaps import Gap, PoolRules, RecentlySeen, best_gap
 from nightdesk.tasks._legs import money_of, net_quantity, to_ppm
 
@@ -105,9 +106,9 @@ class ArbitrageContext(TaskContext, kw_only=True):
     hedge_hold_s: float = 30.0
     taken: int = 0
     observed: int = 0
-    refused: dict[str, int] = {}
-    decisions: list[Decision] = []
-    last_legs: list[Leg] = []
+    refused: dict[str, int] = msgspec.field(default_factory=dict)
+    decisions: list[Decision] = msgspec.field(default_factory=list)
+    last_legs: list[Leg] = msgspec.field(default_factory=list)
     last_edge_ppm: int = 0
     carried: Decimal = ZERO
     residual_delta: Decimal = ZERO
@@ -152,9 +153,15 @@ class ArbitrageTask(OpportunityHandler[ArbitrageContext]):
 
     async def start(self) -> None:
         c = self.context
-        hedge_fee = ZERO
-        if c.hedge_symbol and c.hedge_venue:
-            hedge_fee = self.desk.instrument(c.hedge_symbol, c.hedge_venue).taker_fee
+        self._follower = PoolFollower(
+            self.desk,
+            symbol=c.hedge_symbol,
+            venue=c.hedge_venue,
+            quantity=c.hedge_quantity,
+            hold_s=c.hedge_hold_s,
+            slippage_buffer=c.slippage_buffer,
+            max_age_s=c.max_age_s,
+        )
         self._rules = PoolRules(
             pools=frozenset(pool.lower() for pool in c.pools),
             pairs=frozenset(c.pairs),
@@ -164,7 +171,7 @@ class ArbitrageTask(OpportunityHandler[ArbitrageContext]):
             # A followed swap is entered and left again at the hedge venue.
             costs_ppm=PoolRules.costs(
                 c.pool_fee,
-                2 * hedge_fee,
+                2 * self._follower.taker_fee,
                 c.slippage_buffer,
                 fixed_usd=c.fixed_cost_usd,
                 trade_usd=c.trade_usd,
@@ -242,7 +249,7 @@ class ArbitrageTask(OpportunityHandler[ArbitrageContext]):
         if self.context.state == TradingStrategyState.PAUSED:
             return "paused"
         if isinstance(opportunity.cause, PoolSwap):
-            return await self._follow(opportunity.cause)
+            return await self._follower.follow(opportunity.cause)
         gap = self._gap()
         if gap is None:
             return "gap_closed"
@@ -313,7 +320,9 @@ class ArbitrageTask(OpportunityHandler[ArbitrageContext]):
         if self._busy:
             return  # `handle` is between two sends: what looks like a naked leg may be under way
         await self._settle()
-        await self._leave_hedge()
+        refusal = await self._follower.leave_when_due()
+        if refusal is not None:
+            self._refuse(refusal)
 
     def resume(self) -> None:
         orders = self._own_orders()
@@ -339,7 +348,9 @@ class ArbitrageTask(OpportunityHandler[ArbitrageContext]):
         delta = net_quantity(orders) - self.context.carried
         if not delta:
             return ZERO
-        price = next((o.average_price for o in reversed(orders) if o.average_price), ZERO)
+        price = next(
+            (o.average_price for o in reversed(orders) if o.average_price), ZERO
+        )
         tradable = any(
             i.is_tradable(i.floor_quantity(abs(delta)), price)
             for i in self._instruments.values()
@@ -398,7 +409,9 @@ class ArbitrageTask(OpportunityHandler[ArbitrageContext]):
             return True
         return order.status.is_terminal
 
-    def _repair_venue(self, orders: list[Order], side: Side, *, first_choice: bool) -> str:
+    def _repair_venue(
+        self, orders: list[Order], side: Side, *, first_choice: bool
+    ) -> str:
         """Unwind trades where the surplus was filled, hedge trades on the other venue; the second choice swaps them."""
         surplus = next(
             o.request.venue
@@ -414,7 +427,11 @@ class ArbitrageTask(OpportunityHandler[ArbitrageContext]):
         count = 0
         for order in reversed(orders):
             repair = order.request.type is OrderType.MARKET
-            if not repair or order.filled_quantity or order.client_order_id == self.context.forgiven_order:
+            if (
+                not repair
+                or order.filled_quantity
+                or order.client_order_id == self.context.forgiven_order
+            ):
                 break
             count += 1
         return count
@@ -428,10 +445,17 @@ class ArbitrageTask(OpportunityHandler[ArbitrageContext]):
         for order in still_open:
             age_ns = self._now() - order.created_ns
             name = order.client_order_id
-            if order.status in LIVE and age_ns > seconds(1.0) and name not in self._asked:
+            if (
+                order.status in LIVE
+                and age_ns > seconds(1.0)
+                and name not in self._asked
+            ):
                 self._asked.add(name)
                 await self.desk.cancel(name)
-            elif age_ns > seconds(self.context.max_naked_s) and f"old|{name}" not in self._asked:
+            elif (
+                age_ns > seconds(self.context.max_naked_s)
+                and f"old|{name}" not in self._asked
+            ):
                 self._asked.add(f"old|{name}")
                 self.desk.alert(
                     "critical",
@@ -441,7 +465,10 @@ class ArbitrageTask(OpportunityHandler[ArbitrageContext]):
 
     def _hold(self, delta: Decimal) -> None:
         self.evolve_context(carried=self.context.carried + delta)
-        self.desk.alert("critical", f"{self.context.symbol}: a difference of {delta:+f} is held by policy")
+        self.desk.alert(
+            "critical",
+            f"{self.context.symbol}: a difference of {delta:+f} is held by policy",
+        )
 
     def _give_up(self, delta: Decimal) -> None:
         self.evolve_context(pause_reason="LEG_NOT_REPAIRED")
@@ -477,82 +504,6 @@ class ArbitrageTask(OpportunityHandler[ArbitrageContext]):
         if changed:
             self.evolve_context(**changed)
 
-    # Following a pool -------------------------------------------------------------------
-
-    async def _follow(self, swap: PoolSwap) -> str:
-        """Trade with the pool's move at the hedge venue. The pool itself is not traded: no venue here can."""
-        c = self.context
-        if not (c.hedge_symbol and c.hedge_venue and c.hedge_quantity):
-            return "observed"
-        orders = self._hedge_orders()
-        if progress_of(orders).open or net_quantity(orders):
-            return "busy"
-        instrument = self.desk.instrument(c.hedge_symbol, c.hedge_venue)
-        quote = self.desk.price(c.hedge_symbol, c.hedge_venue)
-        if quote is None or self._now() - quote.ts_received_ns > seconds(c.max_age_s):
-            return "price_too_old"
-        side = Side.BUY if swap.price_impact_ppm > 0 else Side.SELL
-        price = quote.ask if side is Side.BUY else quote.bid
-        quantity = instrument.floor_quantity(c.hedge_quantity)
-        if not instrument.is_tradable(quantity, price):
-            return "quantity_below_minimum"
-        try:
-            await self.desk.submit(
-                OrderRequest(
-                    symbol=c.hedge_symbol,
-                    venue=c.hedge_venue,
-                    side=side,
-                    quantity=quantity,
-                    price=crossing_price(instrument, side, price, c.slippage_buffer),
-                    time_in_force=TimeInForce.IOC,
-                )
-            )
-        except OrderDeniedError as denied:
-            return f"denied_{denied.code.lower()}"
-        return "taken"
-
-    def _hedge_orders(self) -> list[Order]:
-        c = self.context
-        return [
-            o
-            for o in reached_venue(self.desk.orders())
-            if (o.request.symbol, o.request.venue) == (c.hedge_symbol, c.hedge_venue)
-        ]
-
-    async def _leave_hedge(self) -> None:
-        """Close a followed swap once it was held long enough."""
-        c = self.context
-        if not (c.hedge_symbol and c.hedge_venue):
-            return
-        orders = self._hedge_orders()
-        delta = net_quantity(orders)
-        if progress_of(orders).open or not delta:
-            return
-        entered_ns = max(o.created_ns for o in orders if o.filled_quantity)
-        last = orders[-1]
-        pause_s = 0.0 if last.filled_quantity else 1.0
-        due_ns = max(entered_ns + seconds(c.hedge_hold_s), last.updated_ns + seconds(pause_s), self._retry_ns)
-        if self._now() < due_ns:
-            return
-        instrument = self.desk.instrument(c.hedge_symbol, c.hedge_venue)
-        quantity = instrument.floor_quantity(abs(delta))
-        if not instrument.is_tradable(quantity, last.average_price or ZERO) and last.average_price:
-            return
-        try:
-            await self.desk.submit(
-                OrderRequest(
-                    symbol=c.hedge_symbol,
-                    venue=c.hedge_venue,
-                    side=Side.SELL if delta > 0 else Side.BUY,
-                    quantity=quantity,
-                    type=OrderType.MARKET,
-                )
-            )
-        except OrderDeniedError as denied:
-            self._refuse(f"denied_{denied.code.lower()}")
-            self._retry_ns = self._now() + seconds(1.0)
-        self._note(self._own_orders())
-
     # Small things -----------------------------------------------------------------------
 
     def _refuse(self, reason: str) -> None:
@@ -577,12 +528,24 @@ class ArbitrageTask(OpportunityHandler[ArbitrageContext]):
                 "symbol": ("/" in c.symbol, c.symbol, "a pair such as BTC/USDT"),
                 "venues": (len(set(c.venues)) == 2, c.venues, "two different venues"),
                 "quantity": (c.quantity > 0, c.quantity, "more than 0"),
-                "slippage_buffer": (0 <= c.slippage_buffer < 1, c.slippage_buffer, "a ratio from 0 to below 1"),
+                "slippage_buffer": (
+                    0 <= c.slippage_buffer < 1,
+                    c.slippage_buffer,
+                    "a ratio from 0 to below 1",
+                ),
                 "cooldown_s": (c.cooldown_s >= 0, c.cooldown_s, "0 or more"),
                 "max_age_s": (c.max_age_s > 0, c.max_age_s, "more than 0"),
-                "max_leg_retries": (c.max_leg_retries >= 1, c.max_leg_retries, "at least 1"),
+                "max_leg_retries": (
+                    c.max_leg_retries >= 1,
+                    c.max_leg_retries,
+                    "at least 1",
+                ),
                 "trade_usd": (c.trade_usd > 0, c.trade_usd, "more than 0"),
-                "hedge_symbol": (all(hedge) or not any(hedge), hedge, "`hedge_symbol`, `hedge_venue` and `hedge_quantity` together, or none"),
+                "hedge_symbol": (
+                    all(hedge) or not any(hedge),
+                    hedge,
+                    "`hedge_symbol`, `hedge_venue` and `hedge_quantity` together, or none",
+                ),
                 "hedge_venue": (
                     c.hedge_symbol != c.symbol or c.hedge_venue not in c.venues,
                     c.hedge_venue,

@@ -240,14 +240,19 @@ class DeltaNeutralTask(Task[DeltaNeutralContext]):
         """Derive both legs from the ledger; the context is only their copy."""
         orders = reached_venue(self.desk.orders())
         c = self.context
-        self._orders = {s: [o for o in orders if o.request.venue == c.venues[s]] for s in Side}
+        self._orders = {
+            s: [o for o in orders if o.request.venue == c.venues[s]] for s in Side
+        }
         self._legs: dict[Side, Progress] = {
             side: progress_of(o for o in self._orders[side] if o.request.side is side)
             for side in Side
         }
         delta = net_quantity(orders)
         flow, fees = money_of(orders)
-        last = {s: self._orders[s][-1].client_order_id if self._orders[s] else None for s in Side}
+        last = {
+            s: self._orders[s][-1].client_order_id if self._orders[s] else None
+            for s in Side
+        }
         changes: dict[str, Any] = {
             "filled_quantity": {s: self._legs[s].filled for s in Side},
             "avg_price": {s: self._legs[s].average_price for s in Side},
@@ -336,7 +341,9 @@ class DeltaNeutralTask(Task[DeltaNeutralContext]):
         if self.context.on_leg_failure == "hedge":
             return False
         refusals = trailing_refusals(self._orders[side])
-        refused = len(refusals) if refusals and refusals[0] is not Refusal.POST_ONLY else 0
+        refused = (
+            len(refusals) if refusals and refusals[0] is not Refusal.POST_ONLY else 0
+        )
         denied = self._denied.get(self.context.venues[side], (0, 0))[0]
         since = self.context.naked_since_ns
         too_long = since and self._now() >= since + seconds(self.context.max_naked_s)
@@ -354,7 +361,10 @@ class DeltaNeutralTask(Task[DeltaNeutralContext]):
 
     def _may_open(self) -> bool:
         """Return whether both prices are fresh and the edge suffices."""
-        quotes = {s: self._freshness.quote(self.context.symbol, self.context.venues[s]) for s in Side}
+        quotes = {
+            s: self._freshness.quote(self.context.symbol, self.context.venues[s])
+            for s in Side
+        }
         buy, sell = quotes[Side.BUY], quotes[Side.SELL]
         if buy is None or sell is None:
             return False
@@ -375,8 +385,14 @@ class DeltaNeutralTask(Task[DeltaNeutralContext]):
         """Return `cancel`, `send` or None for the limit order of `side`."""
         child = self._legs[side].open
         if child:
-            return "cancel" if self._must_cancel(side, child[-1], closing=closing) else None
-        if closing or self._legs[side.opposite].open and self._other_side_unsure(side):
+            return (
+                "cancel"
+                if self._must_cancel(side, child[-1], closing=closing)
+                else None
+            )
+        if closing or (
+            self._legs[side.opposite].open and self._other_side_unsure(side)
+        ):
             return None
         if self._next_quantity(side) and self._rested(side):
             return "send"
@@ -385,7 +401,9 @@ class DeltaNeutralTask(Task[DeltaNeutralContext]):
         return None
 
     def _must_cancel(self, side: Side, order: Order, *, closing: bool) -> bool:
-        if order.status not in LIVE or self._now() < self._asked.get(order.client_order_id, 0):
+        if order.status not in LIVE or self._now() < self._asked.get(
+            order.client_order_id, 0
+        ):
             return False
         if order.request.price is None:
             return False
@@ -432,7 +450,10 @@ class DeltaNeutralTask(Task[DeltaNeutralContext]):
         """A leg that is refused again and again while the desk stands on none: stop quoting the other."""
         venue = self.context.venues[side]
         self.evolve_context(failed_leg=side, close_reason="LEG_REJECTED")
-        self.desk.alert("critical", f"{venue} refuses the {side} leg; nothing is open, the task ends")
+        self.desk.alert(
+            "critical",
+            f"{venue} refuses the {side} leg; nothing is open, the task ends",
+        )
 
     def _refused_too_often(self, side: Side) -> bool:
         refusals = trailing_refusals(self._orders[side])
@@ -456,7 +477,11 @@ class DeltaNeutralTask(Task[DeltaNeutralContext]):
         if quantity <= 0 or not self._tradable(side, quantity):
             return ZERO
         tail = left - quantity
-        return instrument.floor_quantity(left) if tail > 0 and not self._tradable(side, tail) else quantity
+        return (
+            instrument.floor_quantity(left)
+            if tail > 0 and not self._tradable(side, tail)
+            else quantity
+        )
 
     def _leg_target(self, side: Side) -> Decimal:
         """Return how much the leg is to trade: the SELL leg only what arrives after fees in the base asset."""
@@ -465,15 +490,23 @@ class DeltaNeutralTask(Task[DeltaNeutralContext]):
         bought = self._legs[Side.BUY]
         instrument = self._instruments[Side.BUY]
         rate = instrument.maker_fee if instrument.fee_in == "base" else ZERO
-        arrived = net_quantity(o for o in self._orders[Side.BUY] if o.request.side is Side.BUY)
+        arrived = net_quantity(
+            o for o in self._orders[Side.BUY] if o.request.side is Side.BUY
+        )
         to_come = max(ZERO, self._target - bought.filled) * (1 - rate)
-        return min(self._target, self._instruments[side].floor_quantity(arrived + to_come))
+        return min(
+            self._target, self._instruments[side].floor_quantity(arrived + to_come)
+        )
 
     def _price(self, side: Side, quote: QuoteChanged) -> Decimal:
         offset = self.context.offset_ticks.get(side, 0)
         refused = len(trailing_refusals(self._orders[side]))
         return pegged_price(
-            self._instruments[side], side, quote, offset + refused, post_only=offset >= 0
+            self._instruments[side],
+            side,
+            quote,
+            offset + refused,
+            post_only=offset >= 0,
         )
 
     # Market orders ------------------------------------------------------------------
@@ -504,7 +537,9 @@ class DeltaNeutralTask(Task[DeltaNeutralContext]):
 
     async def _clear(self, orders: tuple[Order, ...]) -> None:
         for order in orders:
-            if order.status in LIVE and self._now() >= self._asked.get(order.client_order_id, 0):
+            if order.status in LIVE and self._now() >= self._asked.get(
+                order.client_order_id, 0
+            ):
                 await self._cancel(order)
         self._alert_if_stuck()
 
@@ -561,7 +596,10 @@ class DeltaNeutralTask(Task[DeltaNeutralContext]):
         """Whether what is planned has to wait: for a venue's word, or for a delay."""
         if any(o.status not in LIVE for o in self._open_orders()):
             return True
-        if any(self._now() < self._asked.get(o.client_order_id, 0) for o in self._open_orders()):
+        if any(
+            self._now() < self._asked.get(o.client_order_id, 0)
+            for o in self._open_orders()
+        ):
             return True
         return any(not self._rested(side) for side in Side)
 
@@ -587,12 +625,28 @@ class DeltaNeutralTask(Task[DeltaNeutralContext]):
                     dict(c.venues),
                     "one venue for BUY and another for SELL",
                 ),
-                "total_quantity": (c.total_quantity > 0, c.total_quantity, "more than 0"),
-                "order_quantity": (c.order_quantity > 0, c.order_quantity, "more than 0"),
+                "total_quantity": (
+                    c.total_quantity > 0,
+                    c.total_quantity,
+                    "more than 0",
+                ),
+                "order_quantity": (
+                    c.order_quantity > 0,
+                    c.order_quantity,
+                    "more than 0",
+                ),
                 "max_imbalance": (c.max_imbalance >= 0, c.max_imbalance, "0 or more"),
                 "max_naked_s": (c.max_naked_s > 0, c.max_naked_s, "more than 0"),
-                "max_leg_retries": (c.max_leg_retries >= 1, c.max_leg_retries, "at least 1"),
+                "max_leg_retries": (
+                    c.max_leg_retries >= 1,
+                    c.max_leg_retries,
+                    "at least 1",
+                ),
                 "max_age_s": (c.max_age_s > 0, c.max_age_s, "more than 0"),
-                "time_limit_s": (c.time_limit_s is None or c.time_limit_s > 0, c.time_limit_s, "more than 0"),
+                "time_limit_s": (
+                    c.time_limit_s is None or c.time_limit_s > 0,
+                    c.time_limit_s,
+                    "more than 0",
+                ),
             },
         )

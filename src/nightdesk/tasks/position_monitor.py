@@ -97,8 +97,8 @@ class PositionMonitorContext(TaskContext, kw_only=True):
     entry_fees: Decimal = ZERO
     platform_fee: Decimal = ZERO
     profit_share: Decimal = ZERO
-    guards: dict[str, Guard] = {}
-    closed: list[ClosedPosition] = []
+    guards: dict[str, Guard] = msgspec.field(default_factory=dict)
+    closed: list[ClosedPosition] = msgspec.field(default_factory=list)
     held_quantity: Decimal = ZERO
     started_ns: int = 0
     close_reason: str | None = None
@@ -214,7 +214,9 @@ class PositionMonitorTask(Task[PositionMonitorContext]):
             )
         )
 
-    async def _await_entry(self, entries: list[Order], entry: tuple[Order, ...]) -> None:
+    async def _await_entry(
+        self, entries: list[Order], entry: tuple[Order, ...]
+    ) -> None:
         if entry:
             if self._entry_is_late():
                 await self._cancel(entry[-1])
@@ -237,7 +239,9 @@ class PositionMonitorTask(Task[PositionMonitorContext]):
         """Return the guard, made anew from the ledger where the context has none or an older entry price."""
         c = self.context
         guard = c.guards.get(self._key)
-        price = c.entry_price if c.entry == "none" else progress_of(entries).average_price
+        price = (
+            c.entry_price if c.entry == "none" else progress_of(entries).average_price
+        )
         if not price:
             return guard
         if guard is None:
@@ -245,7 +249,13 @@ class PositionMonitorTask(Task[PositionMonitorContext]):
             # A closing order without a remembered reason: the crash came between the two.
             reason = "RECOVERED" if exits else None
             opened = c.started_ns if c.entry == "none" else entries[0].created_ns
-            guard = Guard(side=c.side, entry_price=price, opened_ns=opened, reason=reason, since_ns=self._now() if reason else 0)
+            guard = Guard(
+                side=c.side,
+                entry_price=price,
+                opened_ns=opened,
+                reason=reason,
+                since_ns=self._now() if reason else 0,
+            )
         elif guard.entry_price != price:
             guard = msgspec.structs.replace(guard, entry_price=price)
         self._keep(self._key, guard)
@@ -289,13 +299,19 @@ class PositionMonitorTask(Task[PositionMonitorContext]):
 
     async def _guard_the_desk(self) -> None:
         held = {
-            instrument_key(p.symbol, p.venue): p for p in self.desk.positions() if p.quantity
+            instrument_key(p.symbol, p.venue): p
+            for p in self.desk.positions()
+            if p.quantity
         }
         if self.context.symbol:
             held = {key: p for key, p in held.items() if key == self._key}
         orders = reached_venue(self.desk.orders())
         for key in sorted({*held, *self.context.guards}):
-            exits = [o for o in orders if instrument_key(o.request.symbol, o.request.venue) == key]
+            exits = [
+                o
+                for o in orders
+                if instrument_key(o.request.symbol, o.request.venue) == key
+            ]
             await self._guard_position(key, held.get(key), exits)
 
     async def _guard_position(
@@ -310,7 +326,9 @@ class PositionMonitorTask(Task[PositionMonitorContext]):
         if position is None:
             return
         if guard is None:
-            guard = Guard(side=side, entry_price=position.average_price, opened_ns=self._now())
+            guard = Guard(
+                side=side, entry_price=position.average_price, opened_ns=self._now()
+            )
         elif guard.entry_price != position.average_price:
             guard = msgspec.structs.replace(guard, entry_price=position.average_price)
         guard = self._watch(key, guard)
@@ -328,8 +346,12 @@ class PositionMonitorTask(Task[PositionMonitorContext]):
             guard = follow(guard, self._barriers, price)
             reason = barrier_due(guard, self._barriers, price, self._now())
             if reason is not None:
-                guard = msgspec.structs.replace(guard, reason=reason, since_ns=self._now())
-                self.desk.alert("info", f"{key}: {reason} at {price}, entry {guard.entry_price}")
+                guard = msgspec.structs.replace(
+                    guard, reason=reason, since_ns=self._now()
+                )
+                self.desk.alert(
+                    "info", f"{key}: {reason} at {price}, entry {guard.entry_price}"
+                )
         self._keep(key, guard)
         return guard
 
@@ -392,7 +414,9 @@ class PositionMonitorTask(Task[PositionMonitorContext]):
             self.wait(0.0)
 
     async def _cancel(self, order: Order) -> None:
-        if order.status not in LIVE or self._now() < self._asked.get(order.client_order_id, 0):
+        if order.status not in LIVE or self._now() < self._asked.get(
+            order.client_order_id, 0
+        ):
             return
         self._asked[order.client_order_id] = self._now() + seconds(1.0)
         order = await self.desk.cancel(order.client_order_id)
@@ -418,7 +442,9 @@ class PositionMonitorTask(Task[PositionMonitorContext]):
             ts_ns=self._now(),
         )
         left = {k: g for k, g in self.context.guards.items() if k != key}
-        self.evolve_context(guards=left, closed=[*self.context.closed, closed][-MAX_CLOSED:])
+        self.evolve_context(
+            guards=left, closed=[*self.context.closed, closed][-MAX_CLOSED:]
+        )
 
     def _warn_once(self, about: str, text: str, level: str = "warning") -> None:
         if about not in self._warned:
@@ -441,9 +467,17 @@ class PositionMonitorTask(Task[PositionMonitorContext]):
         single = c.quantity is not None or c.side is not None or c.entry != "none"
         priced = c.entry == "market" or c.entry_price is not None
         claims = {
-            "symbol": (bool(c.symbol) == bool(c.venue) and (bool(c.symbol) or not single), c.symbol, "a pair together with `venue`, or neither"),
+            "symbol": (
+                bool(c.symbol) == bool(c.venue) and (bool(c.symbol) or not single),
+                c.symbol,
+                "a pair together with `venue`, or neither",
+            ),
             "side": (not single or c.side is not None, c.side, "LONG or SHORT"),
-            "quantity": (not single or (c.quantity is not None and c.quantity > 0), c.quantity, "more than 0"),
+            "quantity": (
+                not single or (c.quantity is not None and c.quantity > 0),
+                c.quantity,
+                "more than 0",
+            ),
             "entry_price": (
                 (not single or priced) and (c.entry_price is None or c.entry_price > 0),
                 c.entry_price,
@@ -454,10 +488,20 @@ class PositionMonitorTask(Task[PositionMonitorContext]):
                 c.trailing_delta,
                 "to stand together with `trailing_activation`",
             ),
-            "profit_share": (0 <= c.profit_share < 1, c.profit_share, "a ratio from 0 to below 1"),
+            "profit_share": (
+                0 <= c.profit_share < 1,
+                c.profit_share,
+                "a ratio from 0 to below 1",
+            ),
             "max_age_s": (c.max_age_s > 0, c.max_age_s, "more than 0"),
         }
-        for name in ("stop_loss", "take_profit", "trailing_activation", "trailing_delta", "break_even"):
+        for name in (
+            "stop_loss",
+            "take_profit",
+            "trailing_activation",
+            "trailing_delta",
+            "break_even",
+        ):
             value = getattr(c, name)
             if value is not None and not 0 < value < 100:
                 claims[name] = (False, value, "a positive ratio such as 0.05 for 5 %")

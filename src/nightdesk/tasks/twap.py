@@ -87,7 +87,9 @@ class TwapTask(ParentOrderTask[TwapContext]):
         if quote is None:
             return
         taking = self._must_take(quote)
-        price = touch(self.context.side, quote) if taking else self._waiting_price(quote)
+        price = (
+            touch(self.context.side, quote) if taking else self._waiting_price(quote)
+        )
         if not orders and (
             refusal := worst_first_step(
                 self._instrument, self._instrument.floor_quantity(self._slice), price
@@ -172,9 +174,7 @@ class TwapTask(ParentOrderTask[TwapContext]):
 
     def _note(self, progress: Progress, last: Order | None) -> None:
         super()._note(progress, last)
-        done = sum(
-            progress.filled >= self._goal(k) for k in range(1, self._count + 1)
-        )
+        done = sum(progress.filled >= self._goal(k) for k in range(1, self._count + 1))
         if done != self.context.executed_slices:
             self.evolve_context(executed_slices=done)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from decimal import Decimal
 from heapq import heappop, heappush
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -111,6 +111,9 @@ class PaperVenue(Venue):
         latency_ms: Least and most time that one way takes.
         faults: See `Faults`.
         expiry_s: A request that arrives later than this after it was sent is void (R-3).
+        process, feeds, idle_exit_s: Where the venue runs, the sources that feed it there, and how
+            long that process waits for a desk. Read by `exchange/`, which builds an `own` process;
+            they stand here so that one signature says all that `desk.yaml` may say.
     """
 
     def __init__(
@@ -125,7 +128,15 @@ class PaperVenue(Venue):
         latency_ms: tuple[float, float] = (0.0, 0.0),
         faults: Faults | Mapping[str, Any] | None = None,
         expiry_s: float = 5.0,
+        process: Literal["desk", "own"] = "desk",
+        feeds: Sequence[Mapping[str, Any]] = (),
+        idle_exit_s: float = 1800.0,
     ) -> None:
+        if process != "desk" or feeds:
+            raise ValueError(
+                f"venue {name!r}: a paper venue in a process of its own (`process: own`, `feeds`) "
+                "is built by nightdesk.exchange.build_paper_venue"
+            )
         self.name = name
         self.expiry_s = expiry_s
         self._instruments = {i.symbol: i for i in map(self._instrument, instruments)}

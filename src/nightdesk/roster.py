@@ -1,0 +1,423 @@
+"""Who works at the desk: tasks are restored, added, steered and dismissed here.
+
+Comes from: desk.py
+Goes to: kernel/scheduler.py, kernel/hosts.py, contexts.py
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from nightdesk import loading
+from nightdesk.abc import Delete, OpportunityHandler, Put, Record, Task
+from nightdesk.config import TaskEntry
+from nightdesk.errors import DuplicateTaskError, NightdeskError, UnknownTaskError
+from nightdesk.handle import LocalDesk
+from nightdesk.hosting import HostService
+from nightdesk.kernel.hosts import HostedTask, HostPool
+from nightdesk.kernel.runner import DONE, Registration
+from nightdesk.model.context import FINAL_STATES
+from nightdesk.model.events import Event, Opportunity, QuoteChanged
+from nightdesk.model.health import TaskHealth
+from nightdesk.model.order import Order
+from nightdesk.model.priority import Priority
+from nightdesk.model.serializer import decode_context, peek_meta
+
+if TYPE_CHECKING:
+    from nightdesk.desk import TradingDesk
+
+__all__ = ["LocalTask", "Roster"]
+
+_HISTORY = 50
+Recover = Callable[[Record, str], Awaitable[Task[Any] | None]]
+
+
+class LocalTask(msgspec.Struct):
+    """A task in the desk's own process, with what is known of it beyond its health.
+
+    Attributes:
+        history: `(UTC nanoseconds, state)` of its last changes of state.
+        handling: Its opportunity handler is at work.
+    """
+
+    task: Task[Any]
+    entry: TaskEntry
+    type: str
+    history: deque[tuple[int, str]]
+    handling: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.entry.id
+
+
+class Roster:
+    """The tasks of one desk, wherever they run.
+
+    Attributes:
+        local: Tasks in the desk's process, finished ones included.
+        hosts: The background hosts; None until the first task needs one.
+        recover: Turns a saved record into a task; None recovers only the types Nightdesk ships.
+    """
+
+    def __init__(self, desk: "TradingDesk") -> None:
+        self._desk = desk
+        self.local: dict[str, LocalTask] = {}
+        self.hosts: HostPool | None = None
+        self.recover: Recover | None = None
+        self._last_health: dict[str, TaskHealth] = {}
+
+    # --- coming -------------------------------------------------------------------------------------
+
+    async def restore(self, entries: list[TaskEntry]) -> None:
+        """Put every task back where it stood; a task without a saved context begins afresh."""
+        store = self._desk.store
+        saved = {record.key: record for record in await store.load("context")}
+        for record in await store.load("health"):
+            self._last_health[record.key] = msgspec.json.decode(
+                record.data, type=TaskHealth
+            )
+        for entry in _in_order(entries):
+            await self._add_entry(entry, saved.pop(entry.id, None))
+        for record in saved.values():
+            if record.shelf == "active":
+                await self._restore_unlisted(record)
+
+    async def _add_entry(self, entry: TaskEntry, record: Record | None) -> None:
+        target = loading.load_task(entry.type, self._desk.config)
+        is_task = isinstance(target, type) and issubclass(target, Task)
+        if self._belongs_in_host(entry, getattr(target, "runs_in", "desk")):
+            await self._host(entry, record)
+        elif not is_task:
+            self.add_function(entry, target)
+        elif record is None:
+            context = loading.make_context(target, entry, self._desk.config)
+            await self.add(target(context), entry)
+        else:
+            await self._add_saved(entry, target, record)
+
+    async def _add_saved(
+        self, entry: TaskEntry, kind: type[Task[Any]], record: Record
+    ) -> None:
+        try:
+            context = decode_context(
+                record.data,
+                kind.context_class,
+                migrations=kind.migrations,
+                schema=kind.schema_version,
+            )
+            task = kind(context)
+        except (NightdeskError, ValueError) as error:
+            await self._quarantine(record, error)
+        else:
+            await self.add(task, entry)
+
+    async def _restore_unlisted(self, record: Record) -> None:
+        """Bring back a task that the configuration does not list: it was added while the desk ran."""
+        try:
+            type_name = str(peek_meta(record.data).get("type", ""))
+            entry = TaskEntry(id=record.key, type=type_name)
+            if self.recover is not None:
+                task = await self.recover(record, type_name)
+                if task is not None:
+                    await self.add(task, entry)
+            elif "." in type_name:
+                # S-8: no module is ever imported by a name found in data.
+                self._desk.alert(
+                    "warning",
+                    record.key,
+                    f"saved task of type {type_name!r} is not in the configuration; kept, not run",
+                )
+            else:
+                kind = loading.load_class(
+                    "task", type_name, self._desk.config.search_path
+                )
+                await self._add_saved(entry, kind, record)
+        except NightdeskError as error:
+            await self._quarantine(record, error)
+
+    async def _quarantine(self, record: Record, error: Exception) -> None:
+        """Keep the bytes of a context nobody can read; the other tasks still run (T-8)."""
+        await self._desk.store.save(
+            [
+                Put("quarantine", record.key, record.data, "errored"),
+                Delete("context", record.key),
+            ]
+        )
+        self._desk.alert(
+            "critical",
+            record.key,
+            f"its saved context cannot be used, its bytes are kept in quarantine: {error}",
+        )
+
+    async def add(
+        self, task: Task[Any], entry: TaskEntry, *, start: bool = True
+    ) -> str:
+        """Run `task` by `entry`; one in a final state is kept but not run.
+
+        Args:
+            start: False if its `start` has been awaited already.
+
+        Raises:
+            DuplicateTaskError: The id is taken.
+        """
+        desk = self._desk
+        if self.knows(entry.id):
+            raise DuplicateTaskError(entry.id)
+        task.context = task.context.evolve(task_id=entry.id)
+        local = LocalTask(
+            task=task, entry=entry, type=entry.type, history=deque(maxlen=_HISTORY)
+        )
+        local.history.append((desk.clock.now_ns(), task.context.state))
+        self.local[entry.id] = local
+        task.desk = LocalDesk(desk, entry.id, lambda: self._checkpoint(local))
+        self._checkpoint(local)
+        if task.context.state in FINAL_STATES:
+            return entry.id
+        self._register(
+            entry,
+            cycle=lambda: self._cycle(local),
+            start=task.start if start else None,
+            priority=Priority.parse(entry.priority or task.priority),
+            keys=task.keys(),
+        )
+        self._listen(local)
+        return entry.id
+
+    def add_function(self, entry: TaskEntry, function: Callable[..., Any]) -> str:
+        """Run a plain function by `entry`: the function face of a task (design 004).
+
+        Raises:
+            DuplicateTaskError: The id is taken.
+        """
+        handle = LocalDesk(self._desk, entry.id, lambda: None)
+        self._register(
+            entry,
+            cycle=loading.function_cycle(function, handle, entry.params),
+            priority=Priority.parse(entry.priority or Priority.NORMAL),
+        )
+        return entry.id
+
+    def _register(self, entry: TaskEntry, **how: Any) -> None:
+        was = self._last_health.get(entry.id)
+        self._desk.scheduler.add(
+            Registration(
+                task_id=entry.id,
+                type=entry.type,
+                schedule=entry.schedule,
+                group=entry.group,
+                after=entry.after,
+                timeout_s=entry.timeout_s,
+                **how,
+            ),
+            status=was,
+        )
+
+    # --- working ------------------------------------------------------------------------------------
+
+    async def _cycle(self, local: LocalTask) -> Any:
+        if (
+            local.handling
+        ):  # the opportunity handler is at work; the task's own step waits for its end
+            return 0.05
+        task = local.task
+        state = task.context.state
+        result = await task.step()
+        if task.context.state != state:
+            local.history.append((self._desk.clock.now_ns(), task.context.state))
+        self._checkpoint(local)
+        if result.should_continue:
+            return None if local.entry.schedule is not None else result.next_delay
+        self._unlisten(local)
+        await task.stop()
+        self._desk.log.info("task finished", task=local.id, state=task.context.state)
+        return DONE
+
+    def _checkpoint(self, local: LocalTask) -> None:
+        self._desk.checkpoints.mark(local.task, local.type, self._desk.store.epoch)
+
+    def _listen(self, local: LocalTask) -> None:
+        desk, task = self._desk, local.task
+        if task.listens:
+            desk.inbox.subscribe(
+                task.listens, self._wake_by_event(local), owner=local.id
+            )
+        if isinstance(task, OpportunityHandler):
+            desk.inbox.add_handler(local.id, task.handles, task.assess, task.deadline_s)
+            desk.switch.set_handler(local.id, self._handler(local, task))
+
+    def _unlisten(self, local: LocalTask) -> None:
+        self._desk.inbox.unsubscribe(local.id)
+
+    def _wake_by_event(self, local: LocalTask) -> Callable[[Event], None]:
+        task, task_id, wake = local.task, local.id, self._desk.scheduler.wake
+
+        def deliver(event: Event) -> None:
+            if task.wants(event):
+                wake(task_id)
+
+        return deliver
+
+    def _handler(
+        self, local: LocalTask, task: OpportunityHandler[Any]
+    ) -> Callable[[Opportunity], Awaitable[None]]:
+        async def handle(opportunity: Opportunity) -> None:
+            local.handling = True
+            try:
+                await task.handle(opportunity)
+            finally:
+                local.handling = False
+                self._checkpoint(local)
+                if self._desk.scheduler.knows(local.id):
+                    self._desk.scheduler.wake(local.id)
+
+        return handle
+
+    def wake_owner(self, order: Order) -> None:
+        """Tell the task that owns `order` that something happened to it."""
+        if self._desk.scheduler.knows(order.task_id):
+            self._desk.scheduler.wake(order.task_id)
+        elif self.hosts is not None and self.hosts.knows(order.task_id):
+            self.hosts.push_order(order)
+
+    # --- background hosts ---------------------------------------------------------------------------
+
+    def _belongs_in_host(self, entry: TaskEntry, usual: str) -> bool:
+        config = self._desk.config
+        if config.virtual_time or not config.background.hosts:
+            return False
+        return (entry.runs_in or usual) == "background"
+
+    async def _host(self, entry: TaskEntry, record: Record | None) -> None:
+        if record is not None and record.shelf != "active":
+            return
+        if self.hosts is None:
+            self.hosts = await self._open_hosts()
+        was = self._last_health.get(entry.id)
+        await self.hosts.run_task(
+            HostedTask(
+                task_id=entry.id,
+                type=entry.type,
+                params=entry.params,
+                context=record.data if record is not None else None,
+                schedule=entry.schedule,
+                priority=entry.priority,
+                timeout_s=entry.timeout_s,
+                group=entry.group,
+                after=entry.after,
+                paused=was is not None and was.status == "paused",
+            )
+        )
+
+    async def _open_hosts(self) -> HostPool:
+        desk = self._desk
+        hosts = HostPool(
+            config=desk.config.background,
+            clock=desk.clock,
+            search_path=desk.config.search_path,
+            directory=desk.directory,
+            callbacks=HostService(desk),
+            observers=(desk,),
+            seed=desk.config.seed,
+            epoch=desk.store.epoch,
+            max_concurrent=desk.config.kernel.max_concurrent,
+        )
+        await hosts.start()
+
+        def show(event: Event) -> None:
+            if isinstance(event, QuoteChanged):
+                hosts.push_quote(event)
+            else:
+                hosts.push_event(event)
+
+        desk.inbox.subscribe((Event,), show, owner="background hosts")
+        desk.switch.park, desk.switch.resume = hosts.park, hosts.resume_all
+        return hosts
+
+    # --- steering and leaving -----------------------------------------------------------------------
+
+    def knows(self, task_id: str) -> bool:
+        return (
+            task_id in self.local
+            or self._desk.scheduler.knows(task_id)
+            or (self.hosts is not None and self.hosts.knows(task_id))
+        )
+
+    async def steer(self, verb: str, task_id: str) -> None:
+        """Start, stop, pause, resume or trigger a task, wherever it runs.
+
+        Raises:
+            UnknownTaskError: There is none, or it has finished.
+        """
+        if self.hosts is not None and self.hosts.knows(task_id):
+            await self.hosts.steer(verb, task_id)
+            return
+        scheduler = self._desk.scheduler
+        if not scheduler.knows(task_id):
+            raise UnknownTaskError(task_id, self.local)
+        method = {"start": "start_task", "stop": "stop_task"}.get(verb, verb)
+        result = getattr(scheduler, method)(task_id)
+        if asyncio.iscoroutine(result):
+            await result
+
+    async def adjust(self, task_id: str, changes: dict[str, Any]) -> None:
+        """Change interval, priority or timeout of a running task.
+
+        Raises:
+            UnknownTaskError: There is none.
+            CommandError: A change makes no sense.
+        """
+        if self.hosts is not None and self.hosts.knows(task_id):
+            await self.hosts.adjust(task_id, changes)
+        elif self._desk.scheduler.knows(task_id):
+            self._desk.scheduler.adjust(task_id, **loading.adjustments(changes))
+        else:
+            raise UnknownTaskError(task_id, self.local)
+
+    async def remove(self, task_id: str) -> bool:
+        """Stop a task and forget it; its orders stay in the ledger. False: there is none."""
+        local = self.local.pop(task_id, None)
+        is_scheduled = self._desk.scheduler.knows(task_id)
+        if is_scheduled:
+            await self._desk.scheduler.remove(task_id)
+        if local is not None:
+            self._unlisten(local)
+            await self._say_goodbye(local)
+            await self._desk.checkpoints.delete(task_id)
+        return is_scheduled or local is not None
+
+    async def stop(self, timeout_s: float) -> list[str]:
+        """Stop every task; return the names of those that would not."""
+        stuck = list(await self._desk.scheduler.stop(timeout_s))
+        if self.hosts is not None:
+            stuck += await self.hosts.stop(timeout_s)
+        for local in self.local.values():
+            if local.id not in stuck and local.task.context.state not in FINAL_STATES:
+                await self._say_goodbye(local)
+        return stuck
+
+    async def _say_goodbye(self, local: LocalTask) -> None:
+        try:
+            await local.task.stop()
+        except Exception as error:
+            self._desk.on_task_failed(local.id, error, "ignored: it is being stopped")
+        self._checkpoint(local)
+
+
+def _in_order(entries: list[TaskEntry]) -> list[TaskEntry]:
+    """Return `entries` so that each stands after those it waits for; a circle is left for the scheduler to name."""
+    placed: dict[str, TaskEntry] = {}
+    waiting = list(entries)
+    names = {entry.id for entry in entries}
+    while waiting:
+        ready = [
+            e for e in waiting if all(a in placed or a not in names for a in e.after)
+        ]
+        if not ready:
+            break
+        placed.update((entry.id, entry) for entry in ready)
+        waiting = [entry for entry in waiting if entry.id not in placed]
+    return [*placed.values(), *waiting]

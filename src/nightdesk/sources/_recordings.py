@@ -1,0 +1,165 @@
+"""Recordings become events: what kind of file it is, and what each of its lines says.
+
+Every parser yields `(stamp_ns, event)` with the file's own times; the replay moves them to the desk's.
+Lines that make no sense are counted and named, and the rest goes on.
+
+Comes from: sources/_binance.py, sources/_bars.py
+Goes to: sources/replay.py
+"""
+
+import gzip
+import io
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from nightdesk.errors import ConfigError
+from nightdesk.model.events import TradePrinted
+from nightdesk.model.order import Side
+from nightdesk.sources._bars import json_bars, lean_bars
+from nightdesk.sources._binance import BinanceMessages
+from nightdesk.sources._context import Naming, Problems, Stamped
+
+__all__ = ["FORMATS", "Naming", "Problems", "Stamped", "detect", "events_of"]
+
+FORMATS = ("binance", "trades", "lean", "candles")
+_SECOND = 1_000_000_000
+_BAD_LINE = (ValueError, ArithmeticError, InvalidOperation, msgspec.MsgspecError)
+
+
+def detect(path: Path) -> str:
+    """Return the format of a recording by its content.
+
+    Raises:
+        ConfigError: It is none of `FORMATS`, or cannot be read.
+    """
+    if path.suffix == ".zip":
+        return "lean"
+    with _open(path) as stream:
+        start = stream.read(200).lstrip()
+    if re.match(rb"\d{16,20} [\[{]", start):
+        return "binance"
+    if re.match(rb"\d{9,10}(\.\d+)?,[\d.eE+-]+,[\d.eE+-]+\s", start):
+        return "trades"
+    if start[:1] in (b"[", b"{"):
+        return "candles"
+    raise ConfigError(
+        str(path),
+        [
+            f"its start {start[:40]!r} fits no known recording. Name one by `format`: {', '.join(FORMATS)}."
+        ],
+    )
+
+
+def events_of(
+    path: Path, format_: str, naming: Naming, problems: Problems
+) -> Iterator[Stamped]:
+    """Yield the events of one recording, oldest first, reading it piece by piece."""
+    parser = {
+        "binance": _binance,
+        "trades": _trades,
+        "lean": _lean,
+        "candles": _candles,
+    }[format_]
+    try:
+        yield from parser(path, naming, problems)
+    except (OSError, EOFError, zipfile.BadZipFile, gzip.BadGzipFile) as error:
+        problems.add(str(path), 0, f"ends early: {error}")
+
+
+def _binance(path: Path, naming: Naming, problems: Problems) -> Iterator[Stamped]:
+    messages = BinanceMessages(naming)
+    with _open(path) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                event = messages.parse(line)
+            except _BAD_LINE as error:
+                problems.add(str(path), number, str(error))
+                continue
+            if event is not None:
+                yield event
+
+
+def _trades(path: Path, naming: Naming, problems: Problems) -> Iterator[Stamped]:
+    """`seconds,price,amount`, as bitcoincharts.com keeps it in files called `bitstampUSD`.
+
+    The aggressor is not recorded: a price above the last one means a buyer.
+    """
+    currency = re.search(r"[A-Z]{3}$", path.name.split(".")[0])
+    symbol = naming.symbol_of(
+        f"BTC{currency[0]}" if currency else path.name.split(".")[0]
+    )
+    side, last = Side.BUY, Decimal(0)
+    with _open(path) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                seconds, price_text, quantity_text = line.decode().strip().split(",")
+                stamp = round(Decimal(seconds) * _SECOND)
+                price, quantity = (
+                    Decimal(price_text).normalize() + 0,
+                    Decimal(quantity_text).normalize() + 0,
+                )
+                if not (price > 0 and quantity > 0):
+                    raise ValueError(
+                        f"price {price} and quantity {quantity} must be above 0"
+                    )
+            except _BAD_LINE as error:
+                problems.add(str(path), number, str(error))
+                continue
+            if price != last:
+                side = Side.BUY if price > last else Side.SELL
+                last = price
+            yield (
+                stamp,
+                TradePrinted(
+                    symbol=symbol,
+                    venue=naming.venue,
+                    price=price,
+                    quantity=quantity,
+                    side=side,
+                    trade_id=str(number),
+                    ts_event_ns=stamp,
+                    ts_received_ns=stamp,
+                ),
+            )
+
+
+def _lean(path: Path, naming: Naming, problems: Problems) -> Iterator[Stamped]:
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            with archive.open(name) as stream:
+                yield from _guarded(
+                    path, lean_bars(path, stream, naming, problems), problems
+                )
+
+
+def _candles(path: Path, naming: Naming, problems: Problems) -> Iterator[Stamped]:
+    with _open(path) as stream:
+        yield from _guarded(
+            path, json_bars(path, stream.read(), naming, problems), problems
+        )
+
+
+def _guarded(
+    path: Path, events: Iterable[Stamped], problems: Problems
+) -> Iterator[Stamped]:
+    try:
+        yield from events
+    except msgspec.MsgspecError as error:
+        problems.add(str(path), 0, f"cannot be read: {error}")
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        if path.suffix == ".gz":
+            return io.BufferedReader(gzip.open(path))
+        return path.open("rb")
+    except OSError as error:
+        raise ConfigError(
+            str(path), [f"the recording cannot be opened: {error.strerror or error}"]
+        ) from error

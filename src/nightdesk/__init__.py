@@ -4,7 +4,7 @@ The names a first desk needs are here and load on first use, so that
 `import nightdesk` stays cheap.
 
 Comes from: cli/
-Goes to: desk.py, manager.py
+Goes to: desk.py, compat/
 """
 
 from typing import TYPE_CHECKING, Any

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from nightdesk.abc import Batch, Clock, Delete, Put, Shelf, Task
+from nightdesk.errors import NightdeskError
 from nightdesk.model.serializer import encode_context
 
 __all__ = ["Checkpoints", "shelf_of"]
@@ -100,10 +101,15 @@ class Checkpoints:
     def _flush(self) -> None:
         self._timer = None
         batch = self.swap()
-        if batch:
+        if not batch:
+            return
+        try:
             write = asyncio.ensure_future(self._save(batch))
-            self._writes.add(write)
-            write.add_done_callback(self._written)
+        except NightdeskError:
+            self._changed = {put.key: put for put in batch} | self._changed  # type: ignore[misc, union-attr]
+            return
+        self._writes.add(write)
+        write.add_done_callback(self._written)
 
     def _written(self, write: asyncio.Future[None]) -> None:
         self._writes.discard(write)

@@ -24,7 +24,12 @@ from typing import Any
 import msgspec
 
 from nightdesk.abc import Clock
-from nightdesk.errors import DeskNotRunningError, DeskSilentError, NightdeskError, StateNotWritableError
+from nightdesk.errors import (
+    DeskNotRunningError,
+    DeskSilentError,
+    NightdeskError,
+    StateNotWritableError,
+)
 from nightdesk.kernel.loop import Lane, lane
 
 __all__ = ["ControlClient", "ControlServer", "RemoteError", "halt", "socket_path"]
@@ -38,7 +43,7 @@ MAX_REQUEST = 1024 * 1024
 MAX_REPLY = 64 * 1024 * 1024
 _MAX_PATH = 100  # sun_path holds 108 bytes on Linux, 104 on macOS
 _LOOKING = frozenset(
-    "status tasks task.show orders fills positions trades opportunities performance logs workers".split()
+    ["status", "tasks", "task.show", "orders", "fills", "positions", "trades", "opportunities", "performance", "logs", "workers"]
 )
 
 

@@ -156,6 +156,7 @@ class Host(Observer):
         reporting = self.line.chore(self._report_often())
         await self._ended.wait()
         reporting.cancel()
+        await asyncio.gather(reporting, return_exceptions=True)
         self.line.close()
 
     def _beat(self) -> None:
@@ -197,8 +198,7 @@ class Host(Observer):
         self.line.send(Stopped(stuck))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s * 0.1):
-                while self.line.backlog:
-                    await asyncio.sleep(0.005)
+                await self.line.drained()
         self._ended.set()
 
     async def _end_task(self, resident: _Resident) -> None:
@@ -284,18 +284,15 @@ class Host(Observer):
             self.line.send(Answer(ask.number, msgspec.Raw(encode(body))))
 
     async def _carry_out(self, verb: str, task_id: str, body: Any) -> Any:
-        while any(each.task.task_id == task_id for each in self._arrivals):
-            await asyncio.sleep(0.005)
+        if self._admitting is not None:
+            await asyncio.wait([self._admitting])  # it may be about to arrive
         match verb:
             case "remove":
                 return await self._remove(task_id)
             case "adjust":
                 return self.scheduler.adjust(task_id, **loading.adjustments(body))
             case "explain":
-                return {
-                    "waits_at": self.scheduler.await_stack(task_id),
-                    "next_run_words": self.scheduler.next_run_in_words(task_id),
-                }
+                return {"next_run_words": self.scheduler.next_run_in_words(task_id)}
             case "pause" | "resume" | "trigger" | "start" | "stop":
                 method = {"start": "start_task", "stop": "stop_task"}.get(verb, verb)
                 return getattr(self.scheduler, method)(task_id)
@@ -325,7 +322,9 @@ class Host(Observer):
     def _build(self, placement: Placement) -> Registration | None:
         spec = placement.task
         self._numbers[spec.task_id] = placement.number
-        self.line.orders[spec.task_id] = {o.client_order_id: o for o in placement.orders}
+        self.line.orders[spec.task_id] = {
+            o.client_order_id: o for o in placement.orders
+        }
         try:
             with self._pulse.owned(placement.number, grace_s=_IMPORT_S):
                 return self._registration(placement)
@@ -364,7 +363,9 @@ class Host(Observer):
         if task.listens:
             self.line.send(Subscribe([kind.__name__ for kind in task.listens]))
         self.checkpoint(resident)
-        return self._registered(placement, resident, lambda: self._cycle(resident, task), task)
+        return self._registered(
+            placement, resident, lambda: self._cycle(resident, task), task
+        )
 
     def _registered(
         self,
@@ -381,7 +382,9 @@ class Host(Observer):
             cycle=self._owned(resident, cycle),
             start=self._owned(resident, task.start) if task else None,
             schedule=spec.schedule,
-            priority=Priority.parse(spec.priority or (task.priority if task else "normal")),
+            priority=Priority.parse(
+                spec.priority or (task.priority if task else "normal")
+            ),
             keys=task.keys() if task else (),
             group=spec.group,
             after=tuple(_stand_in(n) if n in foreign else n for n in spec.after),

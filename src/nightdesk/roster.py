@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["LocalTask", "Roster"]
 
 _HISTORY = 50
+_KEPT = ("paused", "stopped", "quarantined")
 Recover = Callable[[Record, str], Awaitable[Task[Any] | None]]
 
 
@@ -308,7 +309,7 @@ class Roster:
                 timeout_s=entry.timeout_s,
                 group=entry.group,
                 after=entry.after,
-                paused=was is not None and was.status == "paused",
+                status=was.status if was is not None and was.status in _KEPT else "",
             )
         )
 
@@ -358,6 +359,8 @@ class Roster:
         scheduler = self._desk.scheduler
         if not scheduler.knows(task_id):
             raise UnknownTaskError(task_id, self.local)
+        if verb == "resume" and task_id in self.local:
+            self.local[task_id].task.resume()
         method = {"start": "start_task", "stop": "stop_task"}.get(verb, verb)
         result = getattr(scheduler, method)(task_id)
         if asyncio.iscoroutine(result):

@@ -91,7 +91,8 @@ def test_it_is_made_from_its_parameters(name: str) -> None:
     task = task_of(name)
 
     assert task.context.state == "NOT_STARTED"
-    assert all(isinstance(key, str) and "@" in key for key in task.keys())
+    keys = task.keys()
+    assert all(isinstance(key, str) and "@" in key for key in keys)
 
 
 def test_its_context_survives_json(name: str) -> None:

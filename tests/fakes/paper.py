@@ -149,6 +149,7 @@ class PaperHouse:
     def __init__(self, directory: Path | None = None, *, clock: ManualClock | None = None, **options: Any) -> None:
         self.clock = clock or ManualClock()
         self.events: list[Event] = []
+        self._has_market = options.pop("has_market", True)
         venue_options = {
             key: options.pop(key) for key in ("latency_ms", "faults", "seed", "expiry_s", "balances") if key in options
         }
@@ -164,7 +165,8 @@ class PaperHouse:
 
     async def __aenter__(self) -> "PaperHouse":
         await self.venue.start(self.events.append, self.clock, random.Random(7))
-        self.venue.on_market(quote("100.0", "100.2"))
+        if self._has_market:
+            self.venue.on_market(quote("100.0", "100.2"))
         return self
 
     async def __aexit__(self, *_: object) -> None:

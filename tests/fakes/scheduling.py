@@ -122,10 +122,13 @@ class World:
         """Run a coroutine beside the scheduler."""
 
         async def main() -> Any:
-            if not self._started:
-                self._started = True
-                await self.scheduler.start()
-            return await coroutine
+            try:
+                if not self._started:
+                    await self.scheduler.start()
+                    self._started = True
+                return await coroutine
+            finally:
+                coroutine.close()
 
         return self.loop.run_until_complete(main())
 
@@ -142,7 +145,3 @@ class World:
             task.cancel()
         self.loop.run_until_complete(asyncio.sleep(0))
         self.loop.close()
-
-
-async def sleeping(seconds: float) -> None:
-    await asyncio.sleep(seconds)

@@ -3,7 +3,6 @@
 import asyncio
 
 from fakes.clock import ManualClock
-
 from nightdesk.kernel.clock import SystemClock
 from nightdesk.kernel.loop import new_event_loop
 
@@ -12,7 +11,11 @@ def test_monotonic_time_is_the_time_the_loop_counts_by() -> None:
     clock = SystemClock()
     loop = new_event_loop()
 
-    before, during, after = clock.monotonic_ns(), loop.time() * 1e9, clock.monotonic_ns()
+    before, during, after = (
+        clock.monotonic_ns(),
+        loop.time() * 1e9,
+        clock.monotonic_ns(),
+    )
     loop.close()
 
     assert before - 1_000 <= during <= after + 1_000
@@ -31,7 +34,9 @@ async def test_sleeping_for_nothing_lets_others_run() -> None:
     assert ran == [1]
 
 
-async def test_sleepers_of_the_manual_clock_wake_in_order_and_see_their_own_instant() -> None:
+async def test_sleepers_of_the_manual_clock_wake_in_order_and_see_their_own_instant() -> (
+    None
+):
     clock = ManualClock()
     seen: list[tuple[str, int]] = []
 
@@ -39,7 +44,10 @@ async def test_sleepers_of_the_manual_clock_wake_in_order_and_see_their_own_inst
         await clock.sleep(seconds)
         seen.append((name, clock.monotonic_ns()))
 
-    tasks = [asyncio.create_task(sleeper(n, s)) for n, s in (("late", 2.0), ("early", 1.0), ("never", 9.0))]
+    tasks = [
+        asyncio.create_task(sleeper(n, s))
+        for n, s in (("late", 2.0), ("early", 1.0), ("never", 9.0))
+    ]
     await asyncio.sleep(0)
     await clock.advance(3.0)
 

@@ -5,8 +5,8 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from fakes.clock import ManualClock
 
+from fakes.clock import ManualClock
 from nightdesk.abc import Observer
 from nightdesk.kernel import inbox as inbox_module
 from nightdesk.kernel.inbox import Inbox
@@ -28,12 +28,25 @@ ONE = Decimal(1)
 
 def quote(bid: int = 100, symbol: str = "BTC/USDT", **changes: Any) -> QuoteChanged:
     return QuoteChanged(
-        symbol=symbol, venue="binance", bid=Decimal(bid), bid_quantity=ONE, ask=Decimal(bid + 1), ask_quantity=ONE, **changes
+        symbol=symbol,
+        venue="binance",
+        bid=Decimal(bid),
+        bid_quantity=ONE,
+        ask=Decimal(bid + 1),
+        ask_quantity=ONE,
+        **changes,
     )
 
 
 def trade(number: int = 1) -> TradePrinted:
-    return TradePrinted(symbol="BTC/USDT", venue="binance", price=ONE, quantity=ONE, side=Side.BUY, trade_id=str(number))
+    return TradePrinted(
+        symbol="BTC/USDT",
+        venue="binance",
+        price=ONE,
+        quantity=ONE,
+        side=Side.BUY,
+        trade_id=str(number),
+    )
 
 
 def swap(number: int = 1, impact_ppm: int = 7_000, **changes: Any) -> PoolSwap:
@@ -63,7 +76,9 @@ def clock() -> ManualClock:
 # --- Judging ----------------------------------------------------------------------------------------
 
 
-def test_an_event_without_a_receipt_stamp_gets_one_and_others_keep_theirs(clock: ManualClock) -> None:
+def test_an_event_without_a_receipt_stamp_gets_one_and_others_keep_theirs(
+    clock: ManualClock,
+) -> None:
     inbox, seen = Inbox(clock), []
     inbox.subscribe((QuoteChanged,), seen.append)
 
@@ -73,19 +88,35 @@ def test_an_event_without_a_receipt_stamp_gets_one_and_others_keep_theirs(clock:
     assert [e.ts_received_ns for e in seen] == [clock.now_ns(), 5]
 
 
-def test_a_duplicate_is_dropped_and_an_event_without_a_key_never_is_one(clock: ManualClock) -> None:
+def test_a_duplicate_is_dropped_and_an_event_without_a_key_never_is_one(
+    clock: ManualClock,
+) -> None:
     inbox, seen, kept = Inbox(clock, persist=(kept := []).append), [], kept
     inbox.subscribe((Event,), seen.append)
 
-    for event in (swap(1), swap(2), swap(1), swap(1, is_confirmed=True), quote(), quote()):
+    for event in (
+        swap(1),
+        swap(2),
+        swap(1),
+        swap(1, is_confirmed=True),
+        quote(),
+        quote(),
+    ):
         inbox.emit(event)
 
     assert len(seen) == 5
     assert kept == ["base|0x1|0|0", "base|0x2|0|0", "base|0x1|0|1"]
-    assert inbox.stats()["events"]["PoolSwap"] == {"accepted": 3, "duplicate": 1, "stale": 0, "negative_age": 0}
+    assert inbox.stats()["events"]["PoolSwap"] == {
+        "accepted": 3,
+        "duplicate": 1,
+        "stale": 0,
+        "negative_age": 0,
+    }
 
 
-def test_keys_of_an_earlier_run_count_as_seen_and_are_not_kept_again(clock: ManualClock) -> None:
+def test_keys_of_an_earlier_run_count_as_seen_and_are_not_kept_again(
+    clock: ManualClock,
+) -> None:
     kept: list[str] = []
     inbox, seen = Inbox(clock, persist=kept.append), []
     inbox.subscribe((PoolSwap,), seen.append)
@@ -106,7 +137,9 @@ def test_the_key_is_kept_before_the_event_is_delivered(clock: ManualClock) -> No
     assert order == ["kept", "delivered"]
 
 
-def test_memory_of_keys_is_bounded_and_forgets_the_least_recently_seen(clock: ManualClock) -> None:
+def test_memory_of_keys_is_bounded_and_forgets_the_least_recently_seen(
+    clock: ManualClock,
+) -> None:
     inbox, seen = Inbox(clock, seen_capacity=2), []
     inbox.subscribe((PoolSwap,), lambda event: seen.append(event.transaction_hash))
 
@@ -126,11 +159,17 @@ def test_an_event_older_than_its_type_allows_is_dropped(clock: ManualClock) -> N
     inbox.emit(quote())
     inbox.emit(trade())
 
-    assert [type(e).__name__ for e in seen] == ["QuoteChanged", "QuoteChanged", "TradePrinted"]
+    assert [type(e).__name__ for e in seen] == [
+        "QuoteChanged",
+        "QuoteChanged",
+        "TradePrinted",
+    ]
     assert inbox.stats()["events"]["QuoteChanged"]["stale"] == 1
 
 
-def test_a_limit_of_age_holds_for_subtypes_and_the_nearest_one_wins(clock: ManualClock) -> None:
+def test_a_limit_of_age_holds_for_subtypes_and_the_nearest_one_wins(
+    clock: ManualClock,
+) -> None:
     inbox, seen = Inbox(clock, max_age_s={Event: 1.0, QuoteChanged: 10.0}), []
     inbox.subscribe((Event,), seen.append)
     old_ns = clock.now_ns() - 5_000_000_000
@@ -142,7 +181,9 @@ def test_a_limit_of_age_holds_for_subtypes_and_the_nearest_one_wins(clock: Manua
     assert [type(e) for e in seen] == [QuoteChanged]
 
 
-def test_age_is_corrected_by_the_measured_offset_of_the_senders_clock(clock: ManualClock) -> None:
+def test_age_is_corrected_by_the_measured_offset_of_the_senders_clock(
+    clock: ManualClock,
+) -> None:
     """A sender 1.27 s ahead of us makes an event that is 2 s old look 0.73 s old."""
     inbox, seen = Inbox(clock, max_age_s={QuoteChanged: 1.0}), []
     inbox.subscribe((QuoteChanged,), seen.append)
@@ -154,7 +195,9 @@ def test_age_is_corrected_by_the_measured_offset_of_the_senders_clock(clock: Man
     assert [e.bid for e in seen] == [2]
 
 
-def test_a_negative_age_is_delivered_counted_and_told_once_per_sender(clock: ManualClock) -> None:
+def test_a_negative_age_is_delivered_counted_and_told_once_per_sender(
+    clock: ManualClock,
+) -> None:
     observer = RecordingObserver()
     inbox, seen = Inbox(clock, max_age_s={QuoteChanged: 1.0}, observers=[observer]), []
     inbox.subscribe((QuoteChanged,), seen.append)
@@ -165,17 +208,26 @@ def test_a_negative_age_is_delivered_counted_and_told_once_per_sender(clock: Man
     assert len(seen) == 2
     assert inbox.stats()["events"]["QuoteChanged"]["negative_age"] == 2
     assert inbox.stats()["clock_lead_s"] == {"binance": 1.27}
-    assert [(level, source) for level, source, _ in observer.alerts] == [("warning", "binance")]
+    assert [(level, source) for level, source, _ in observer.alerts] == [
+        ("warning", "binance")
+    ]
     assert "clock is ahead" in observer.alerts[0][2]
 
 
-def test_observers_hear_each_event_with_its_disposition_and_cannot_break_the_way(clock: ManualClock) -> None:
+def test_observers_hear_each_event_with_its_disposition_and_cannot_break_the_way(
+    clock: ManualClock,
+) -> None:
     class Broken(Observer):
         def on_event(self, event: Event, disposition: str) -> None:
             raise ValueError("broken observer")
 
     observer = RecordingObserver()
-    inbox, seen = Inbox(clock, observers=[Broken(), observer, Observer()], max_age_s={PoolSwap: 1.0}), []
+    inbox, seen = (
+        Inbox(
+            clock, observers=[Broken(), observer, Observer()], max_age_s={PoolSwap: 1.0}
+        ),
+        [],
+    )
     inbox.subscribe((PoolSwap,), seen.append)
 
     for event in (swap(1), swap(1), swap(2, ts_event_ns=1)):
@@ -200,7 +252,9 @@ def test_a_subscriber_of_a_base_type_gets_its_subtypes(clock: ManualClock) -> No
     assert (len(orders), len(all_events)) == (1, 2)
 
 
-def test_one_failing_subscriber_does_not_stop_the_others_and_is_reported_rarely(clock: ManualClock) -> None:
+def test_one_failing_subscriber_does_not_stop_the_others_and_is_reported_rarely(
+    clock: ManualClock,
+) -> None:
     observer = RecordingObserver()
     inbox, seen = Inbox(clock, observers=[observer]), []
 
@@ -218,7 +272,9 @@ def test_one_failing_subscriber_does_not_stop_the_others_and_is_reported_rarely(
     assert "subscriber 'grid' raised ValueError: bad" in observer.alerts[0][2]
 
 
-def test_subscribing_and_unsubscribing_take_effect_with_the_next_event(clock: ManualClock) -> None:
+def test_subscribing_and_unsubscribing_take_effect_with_the_next_event(
+    clock: ManualClock,
+) -> None:
     inbox, seen = Inbox(clock), []
     inbox.emit(trade(1))
 
@@ -258,7 +314,9 @@ def test_subscribers_that_answer_each_other_without_end_are_stopped_and_named(
     assert inbox.stats()["events"]["TradePrinted"]["accepted"] == 51
 
 
-def test_an_event_from_a_background_task_is_delivered_in_the_desks_lane(clock: ManualClock) -> None:
+def test_an_event_from_a_background_task_is_delivered_in_the_desks_lane(
+    clock: ManualClock,
+) -> None:
     inbox, lanes = Inbox(clock), []
     inbox.subscribe((TradePrinted,), lambda event: lanes.append(LANE.get()))
 
@@ -271,9 +329,13 @@ def test_an_event_from_a_background_task_is_delivered_in_the_desks_lane(clock: M
 # --- Conflated subscribers ---------------------------------------------------------------------------
 
 
-async def test_waiting_events_with_one_key_are_replaced_by_the_newest(clock: ManualClock) -> None:
+async def test_waiting_events_with_one_key_are_replaced_by_the_newest(
+    clock: ManualClock,
+) -> None:
     inbox, seen = Inbox(clock), []
-    inbox.subscribe((QuoteChanged,), lambda e: seen.append((e.symbol, int(e.bid))), conflated=True)
+    inbox.subscribe(
+        (QuoteChanged,), lambda e: seen.append((e.symbol, int(e.bid))), conflated=True
+    )
 
     for bid in (1, 2, 3):
         inbox.emit(quote(bid))
@@ -288,7 +350,9 @@ async def test_waiting_events_with_one_key_are_replaced_by_the_newest(clock: Man
     assert inbox.stats()["conflated"] == 2
 
 
-async def test_events_without_a_key_all_count_up_to_a_bound_then_the_oldest_goes(clock: ManualClock) -> None:
+async def test_events_without_a_key_all_count_up_to_a_bound_then_the_oldest_goes(
+    clock: ManualClock,
+) -> None:
     inbox, seen = Inbox(clock, mailbox_limit=3), []
     inbox.subscribe((TradePrinted,), lambda e: seen.append(e.trade_id), conflated=True)
 
@@ -300,7 +364,9 @@ async def test_events_without_a_key_all_count_up_to_a_bound_then_the_oldest_goes
     assert inbox.stats()["dropped"] == 2
 
 
-async def test_a_failing_conflated_subscriber_gets_the_rest_of_its_events(clock: ManualClock) -> None:
+async def test_a_failing_conflated_subscriber_gets_the_rest_of_its_events(
+    clock: ManualClock,
+) -> None:
     inbox, seen = Inbox(clock), []
 
     def deliver(event: TradePrinted) -> None:
@@ -317,7 +383,9 @@ async def test_a_failing_conflated_subscriber_gets_the_rest_of_its_events(clock:
     assert inbox.stats()["failures"] == {"grid": 1}
 
 
-async def test_after_unsubscribing_nothing_that_waited_is_delivered(clock: ManualClock) -> None:
+async def test_after_unsubscribing_nothing_that_waited_is_delivered(
+    clock: ManualClock,
+) -> None:
     inbox, seen = Inbox(clock), []
     inbox.subscribe((TradePrinted,), seen.append, conflated=True, owner="a")
 
@@ -328,10 +396,17 @@ async def test_after_unsubscribing_nothing_that_waited_is_delivered(clock: Manua
     assert seen == []
 
 
-def test_conflated_events_wait_while_the_background_is_parked(clock: ManualClock) -> None:
+def test_conflated_events_wait_while_the_background_is_parked(
+    clock: ManualClock,
+) -> None:
     loop = new_event_loop()
     inbox, seen = Inbox(clock), []
-    inbox.subscribe((QuoteChanged,), lambda e: seen.append((int(e.bid), LANE.get())), conflated=True, lane=Lane.NORMAL)
+    inbox.subscribe(
+        (QuoteChanged,),
+        lambda e: seen.append((int(e.bid), LANE.get())),
+        conflated=True,
+        lane=Lane.NORMAL,
+    )
 
     async def main() -> None:
         loop.close_lanes()
@@ -351,11 +426,18 @@ def test_conflated_events_wait_while_the_background_is_parked(clock: ManualClock
 # --- Opportunities -----------------------------------------------------------------------------------
 
 
-def test_an_edge_makes_an_opportunity_with_a_deadline_and_its_cause(clock: ManualClock) -> None:
+def test_an_edge_makes_an_opportunity_with_a_deadline_and_its_cause(
+    clock: ManualClock,
+) -> None:
     inbox = Inbox(clock)
     raised: list[Opportunity] = []
     inbox.on_opportunity = raised.append
-    inbox.add_handler("arbitrage", (PoolSwap,), lambda e: e.price_impact_ppm - 5_000 if e.price_impact_ppm > 5_000 else None, 0.5)
+    inbox.add_handler(
+        "arbitrage",
+        (PoolSwap,),
+        lambda e: e.price_impact_ppm - 5_000 if e.price_impact_ppm > 5_000 else None,
+        0.5,
+    )
 
     inbox.emit(swap(1, 4_000, ts_event_ns=7))
     inbox.emit(swap(2, 7_000, ts_event_ns=8))
@@ -367,7 +449,9 @@ def test_an_edge_makes_an_opportunity_with_a_deadline_and_its_cause(clock: Manua
     assert inbox.stats()["opportunities"] == 1
 
 
-def test_a_failing_assessment_is_named_and_means_no_opportunity(clock: ManualClock) -> None:
+def test_a_failing_assessment_is_named_and_means_no_opportunity(
+    clock: ManualClock,
+) -> None:
     observer = RecordingObserver()
     inbox = Inbox(clock, observers=[observer])
     raised: list[Opportunity] = []
@@ -381,7 +465,9 @@ def test_a_failing_assessment_is_named_and_means_no_opportunity(clock: ManualClo
     assert "handler 'broken' raised ZeroDivisionError" in observer.alerts[0][2]
 
 
-def test_opportunities_of_one_event_come_best_edge_first_and_the_rest_is_dropped(clock: ManualClock) -> None:
+def test_opportunities_of_one_event_come_best_edge_first_and_the_rest_is_dropped(
+    clock: ManualClock,
+) -> None:
     inbox = Inbox(clock, opportunity_limit=2)
     raised: list[Opportunity] = []
     inbox.on_opportunity = raised.append
@@ -394,7 +480,9 @@ def test_opportunities_of_one_event_come_best_edge_first_and_the_rest_is_dropped
     assert inbox.stats()["opportunities_dropped"] == 1
 
 
-def test_a_handler_runs_after_every_subscriber_and_may_emit_at_once(clock: ManualClock) -> None:
+def test_a_handler_runs_after_every_subscriber_and_may_emit_at_once(
+    clock: ManualClock,
+) -> None:
     """The handler's first step sends an order, and must find its fill booked when the venue returns."""
     inbox, order = Inbox(clock), []
     inbox.subscribe((Event,), lambda event: order.append(type(event).__name__))
@@ -410,7 +498,9 @@ def test_a_handler_runs_after_every_subscriber_and_may_emit_at_once(clock: Manua
     assert order == ["PoolSwap", "OrderAccepted", "handler goes on"]
 
 
-def test_a_failing_switch_is_reported_and_a_removed_handler_is_not_asked(clock: ManualClock) -> None:
+def test_a_failing_switch_is_reported_and_a_removed_handler_is_not_asked(
+    clock: ManualClock,
+) -> None:
     inbox = Inbox(clock)
 
     def fail(opportunity: Opportunity) -> None:

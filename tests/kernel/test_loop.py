@@ -15,7 +15,15 @@ import pytest
 
 from nightdesk.errors import CommandError
 from nightdesk.kernel import loop as loop_module
-from nightdesk.kernel.loop import LANE, OWNER, Lane, LaneLoop, lane, new_event_loop, run_in_desk_lane
+from nightdesk.kernel.loop import (
+    LANE,
+    OWNER,
+    Lane,
+    LaneLoop,
+    lane,
+    new_event_loop,
+    run_in_desk_lane,
+)
 
 BACKGROUND = (Lane.CRITICAL, Lane.HIGH, Lane.NORMAL, Lane.LOW)
 
@@ -28,7 +36,9 @@ def loop(request: pytest.FixtureRequest) -> Iterator[LaneLoop]:
         loop.close()
 
 
-def in_lane(name: Lane, loop: LaneLoop, callback: Callable[..., object], *args: Any) -> asyncio.Handle:
+def in_lane(
+    name: Lane, loop: LaneLoop, callback: Callable[..., object], *args: Any
+) -> asyncio.Handle:
     with lane(name):
         return loop.call_soon(callback, *args)
 
@@ -38,7 +48,9 @@ async def rounds(count: int) -> None:
         await asyncio.sleep(0)
 
 
-def test_what_a_background_task_starts_inherits_its_lane_also_in_a_library(loop: LaneLoop) -> None:
+def test_what_a_background_task_starts_inherits_its_lane_also_in_a_library(
+    loop: LaneLoop,
+) -> None:
     seen: list[Lane] = []
 
     async def leaf() -> None:
@@ -60,11 +72,15 @@ def test_what_a_background_task_starts_inherits_its_lane_also_in_a_library(loop:
     assert seen == [Lane.LOW] * 3
 
 
-def test_the_desk_passes_background_callbacks_that_were_there_before_it(loop: LaneLoop) -> None:
+def test_the_desk_passes_background_callbacks_that_were_there_before_it(
+    loop: LaneLoop,
+) -> None:
     order: list[str] = []
 
     async def main() -> None:
-        in_lane(Lane.CRITICAL, loop, lambda: order.append("pumped with the loop's queue"))
+        in_lane(
+            Lane.CRITICAL, loop, lambda: order.append("pumped with the loop's queue")
+        )
         loop.slice_callbacks = 1
         for _ in range(5):
             in_lane(Lane.CRITICAL, loop, order.append, "background")
@@ -77,7 +93,9 @@ def test_the_desk_passes_background_callbacks_that_were_there_before_it(loop: La
     assert order.count("background") == 5
 
 
-def test_a_slice_ends_after_its_time_and_the_rest_waits_for_the_next_iteration() -> None:
+def test_a_slice_ends_after_its_time_and_the_rest_waits_for_the_next_iteration() -> (
+    None
+):
     now = [0.0]
     loop = new_event_loop("asyncio", slice_us=100)
     loop.time = lambda: now[0]  # type: ignore[method-assign]
@@ -193,7 +211,9 @@ def test_closed_lanes_run_nothing_and_lose_nothing(loop: LaneLoop) -> None:
     assert ran == ["desk", "callback", "timer"]
 
 
-def test_a_callback_that_closes_the_lanes_is_the_last_of_its_slice(loop: LaneLoop) -> None:
+def test_a_callback_that_closes_the_lanes_is_the_last_of_its_slice(
+    loop: LaneLoop,
+) -> None:
     ran: list[int] = []
 
     async def main() -> None:
@@ -209,7 +229,9 @@ def test_a_callback_that_closes_the_lanes_is_the_last_of_its_slice(loop: LaneLoo
     assert ran == [1]
 
 
-def test_timers_that_fall_due_while_the_lanes_are_closed_ring_when_they_open(loop: LaneLoop) -> None:
+def test_timers_that_fall_due_while_the_lanes_are_closed_ring_when_they_open(
+    loop: LaneLoop,
+) -> None:
     ran: list[str] = []
 
     async def main() -> None:
@@ -227,12 +249,16 @@ def test_timers_that_fall_due_while_the_lanes_are_closed_ring_when_they_open(loo
     assert ran == ["due"]
 
 
-def test_background_timers_ring_in_order_and_cancelled_ones_do_not(loop: LaneLoop) -> None:
+def test_background_timers_ring_in_order_and_cancelled_ones_do_not(
+    loop: LaneLoop,
+) -> None:
     ran: list[int] = []
 
     async def main() -> None:
         with lane(Lane.NORMAL):
-            timers = [loop.call_later(0.001 * n, ran.append, n) for n in (5, 3, 1, 4, 2)]
+            timers = [
+                loop.call_later(0.001 * n, ran.append, n) for n in (5, 3, 1, 4, 2)
+            ]
             at = loop.call_at(loop.time() + 0.006, ran.append, 6)
         timers[1].cancel()
         timers[1].cancel()
@@ -286,7 +312,9 @@ def test_a_cancelled_callback_is_skipped(loop: LaneLoop) -> None:
     assert ran == [2]
 
 
-def test_an_exception_in_a_background_callback_goes_to_the_exception_handler(loop: LaneLoop) -> None:
+def test_an_exception_in_a_background_callback_goes_to_the_exception_handler(
+    loop: LaneLoop,
+) -> None:
     reports: list[dict[str, Any]] = []
     ran: list[int] = []
 
@@ -302,7 +330,9 @@ def test_an_exception_in_a_background_callback_goes_to_the_exception_handler(loo
     assert ran == [1]
 
 
-def test_a_keyboard_interrupt_in_the_background_ends_the_loop_and_loses_nothing(loop: LaneLoop) -> None:
+def test_a_keyboard_interrupt_in_the_background_ends_the_loop_and_loses_nothing(
+    loop: LaneLoop,
+) -> None:
     ran: list[int] = []
 
     def interrupt() -> None:
@@ -335,7 +365,9 @@ def test_threads_may_call_into_a_lane(loop: LaneLoop) -> None:
             seen.append(LANE.get())
             done.set_result(None)
 
-        thread = threading.Thread(target=lambda: loop.call_soon_threadsafe(answer, context=context))
+        thread = threading.Thread(
+            target=lambda: loop.call_soon_threadsafe(answer, context=context)
+        )
         thread.start()
         await done
         thread.join()
@@ -387,7 +419,9 @@ def test_sockets_are_served_between_slices_of_a_busy_background(loop: LaneLoop) 
     assert loop.run_until_complete(main()) < 200
 
 
-def test_overruns_are_counted_with_their_owner(caplog: pytest.LogCaptureFixture) -> None:
+def test_overruns_are_counted_with_their_owner(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     now = [0.0]
     loop = new_event_loop("asyncio", slice_us=100)
     loop.time = lambda: now[0]  # type: ignore[method-assign]
@@ -431,9 +465,15 @@ def test_the_owner_of_a_running_callback_is_known_in_every_lane(loop: LaneLoop) 
     async def note() -> None:
         owners.append(loop.current_owner())
 
+    async def worker() -> None:
+        """One task that steps one owner after the other, as the runner's workers do."""
+        OWNER.set("iceberg")
+        await note()
+
     async def main() -> None:
+        await loop.create_task(note(), name="nobody's")
+        await loop.create_task(worker(), name="worker 1")
         OWNER.set("grid")
-        await loop.create_task(note())
         await loop.create_task(note(), name="grid, child")
         OWNER.set("")
         with lane(Lane.LOW):
@@ -450,11 +490,20 @@ def test_the_owner_of_a_running_callback_is_known_in_every_lane(loop: LaneLoop) 
 
     loop.run_until_complete(main())
 
-    assert owners == ["grid", "grid, child", "signals", "signals", "runner's word"]
+    assert owners == [
+        "nobody's",
+        "iceberg",
+        "grid",
+        "signals",
+        "signals",
+        "runner's word",
+    ]
     assert loop.current_owner() == ""
 
 
-def test_what_the_desk_does_for_a_background_task_stays_in_the_desks_lane(loop: LaneLoop) -> None:
+def test_what_the_desk_does_for_a_background_task_stays_in_the_desks_lane(
+    loop: LaneLoop,
+) -> None:
     async def main() -> tuple[Lane, Lane, Lane]:
         with lane(Lane.LOW):
             inside = run_in_desk_lane(LANE.get)
@@ -466,7 +515,9 @@ def test_what_the_desk_does_for_a_background_task_stays_in_the_desks_lane(loop: 
 
 @pytest.mark.parametrize("kind", ["uvloop", "asyncio"])
 @pytest.mark.parametrize("debug", [False, True])
-def test_asyncio_run_cleans_up_also_when_the_lanes_are_closed(kind: Any, debug: bool) -> None:
+def test_asyncio_run_cleans_up_also_when_the_lanes_are_closed(
+    kind: Any, debug: bool
+) -> None:
     ended: list[str] = []
 
     async def background() -> None:
@@ -494,14 +545,18 @@ def test_asyncio_run_cleans_up_also_when_the_lanes_are_closed(kind: Any, debug: 
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with asyncio.Runner(loop_factory=lambda: new_event_loop(kind), debug=debug) as runner:
+        with asyncio.Runner(
+            loop_factory=lambda: new_event_loop(kind), debug=debug
+        ) as runner:
             runner.run(main())
         gc.collect()
 
     assert sorted(ended) == ["generator", "task"]
 
 
-def test_a_closed_loop_refuses_callbacks_and_has_dropped_those_it_held(loop: LaneLoop) -> None:
+def test_a_closed_loop_refuses_callbacks_and_has_dropped_those_it_held(
+    loop: LaneLoop,
+) -> None:
     handle = in_lane(Lane.LOW, loop, print)
     with lane(Lane.LOW):
         timer = loop.call_later(60, print)
@@ -510,7 +565,10 @@ def test_a_closed_loop_refuses_callbacks_and_has_dropped_those_it_held(loop: Lan
 
     assert handle.cancelled()
     assert timer is not None
-    for late in (lambda: in_lane(Lane.LOW, loop, print), lambda: in_lane(Lane.DESK, loop, print)):
+    for late in (
+        lambda: in_lane(Lane.LOW, loop, print),
+        lambda: in_lane(Lane.DESK, loop, print),
+    ):
         with pytest.raises(RuntimeError, match="closed"):
             late()
     with lane(Lane.LOW), pytest.raises(RuntimeError, match="closed"):
@@ -550,7 +608,9 @@ def test_debug_mode_refuses_a_call_from_another_thread(loop: LaneLoop) -> None:
     assert "Non-thread-safe" in str(errors[0])
 
 
-def test_auto_takes_uvloop_and_falls_back_to_asyncio_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_uvloop_and_falls_back_to_asyncio_without_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def missing() -> type[LaneLoop]:
         raise ImportError("no uvloop")
 

@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -323,12 +324,7 @@ def test_setting_the_clock_causes_no_burst_and_no_silence(
 
     assert abs(world.count("minutely") - 60) <= 2
     assert world.count("interval") in (60, 61)
-    gaps = [
-        b - a
-        for a, b in zip(
-            world.times("minutely"), world.times("minutely")[1:], strict=False
-        )
-    ]
+    gaps = [b - a for a, b in pairwise(world.times("minutely"))]
     assert max(gaps) <= 125
 
 
@@ -338,7 +334,7 @@ def test_a_daily_job_is_not_run_twice_when_the_clock_is_set_back(make: Make) -> 
     world.play(2400)
 
     world.clock.jump(-3600)
-    world.play(86_400)
+    world.play(90_000)
 
     assert world.count("daily") == 2
     first, second = world.times("daily")
@@ -411,16 +407,14 @@ def test_continuous_and_cron_tasks_rest_while_their_market_is_closed(
     world = make("2026-11-23T03:44:59+00:00", calendars=FixedHours())
     rest = {"calendar": "NSE", "closed_s": "pause"}
     world.add("spare", schedule=Schedule(continuous=True, **rest))
-    world.add("hourly", schedule=Schedule(cron="* * * * *", **rest))
+    world.add("minutely", schedule=Schedule(cron="* * * * *", **rest))
 
     world.play(0.9)
     assert world.count("spare") == 0
-    world.play(60)
+    world.play(3)
 
     assert world.count("spare") > 1000
-    assert world.times("hourly") == pytest.approx([1, 61], abs=0.002) or world.count(
-        "hourly"
-    ) in (1, 2)
+    assert world.times("minutely") == pytest.approx([1], abs=0.002)
 
 
 def test_a_market_that_opens_no_more_is_said_so(make: Make) -> None:
@@ -718,15 +712,15 @@ def test_every_tick_runs_or_is_counted_as_coalesced(
         passed = entry.grid_ns // (interval_ms * 1_000_000)
         assert abs(entry.runs + entry.missed - passed) <= 1
     # A task is never left behind: from any moment, the next run starts within interval + its duration.
-    gaps = [b - a for a, b in zip(ticks, ticks[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(ticks)]
     assert all(gap <= 5 + interval_ms / 1000 + 0.01 for gap in gaps)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     tasks=st.lists(
         st.tuples(
-            st.integers(1, 400),  # interval in ms
+            st.integers(20, 400),  # interval in ms
             st.integers(0, 300),  # duration in ms
             st.sets(st.sampled_from("wxyz"), max_size=3),
             st.sampled_from(list(Priority)),
@@ -773,7 +767,7 @@ def test_keys_never_overlap_and_nothing_deadlocks(
             timeout_s=0.4 if kind == "slow" else None,
         )
 
-    world.play(30)
+    world.play(10)
     # Quiet the others down and see that each can still run.
     for number in range(len(tasks)):
         world.scheduler.stop_task(f"t{number}")
@@ -782,7 +776,7 @@ def test_keys_never_overlap_and_nothing_deadlocks(
     counts = {n: world.count(f"t{n}") for n in range(len(tasks))}
     for number in range(len(tasks)):
         world.scheduler.start_task(f"t{number}")
-    world.play(40)
+    world.play(20)
     after = {n: world.count(f"t{n}") for n in range(len(tasks))}
     keys_left = world.scheduler._runner.keys
     for number in range(len(tasks)):

@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from fakes.clock import ManualClock
 
+from fakes.clock import ManualClock
 from nightdesk.abc import Batch, Observer, Put
 from nightdesk.kernel.loop import LANE, OWNER, Lane, LaneLoop, lane, new_event_loop
 from nightdesk.kernel.switch import Switch
@@ -24,7 +24,9 @@ class RecordingObserver(Observer):
     def on_switch(self, trace: SwitchTrace) -> None:
         self.traces.append(trace)
 
-    def on_task_failed(self, task_id: str, error: BaseException, consequence: str) -> None:
+    def on_task_failed(
+        self, task_id: str, error: BaseException, consequence: str
+    ) -> None:
         self.failures.append((task_id, repr(error), consequence))
 
 
@@ -56,7 +58,9 @@ def clock() -> ManualClock:
     return ManualClock()
 
 
-def opportunity(clock: ManualClock, edge_ppm: int = 100, deadline_s: float = 1.0, **changes: Any) -> Opportunity:
+def opportunity(
+    clock: ManualClock, edge_ppm: int = 100, deadline_s: float = 1.0, **changes: Any
+) -> Opportunity:
     fields: dict[str, Any] = {
         "handler": "arbitrage",
         "edge_ppm": edge_ppm,
@@ -67,17 +71,31 @@ def opportunity(clock: ManualClock, edge_ppm: int = 100, deadline_s: float = 1.0
     return Opportunity(**(fields | changes))
 
 
-async def ready(switch: Switch, handle: Callable[[Opportunity], Awaitable[None]], name: str = "arbitrage") -> None:
+async def ready(
+    switch: Switch,
+    handle: Callable[[Opportunity], Awaitable[None]],
+    name: str = "arbitrage",
+) -> None:
     switch.set_handler(name, handle)
     await asyncio.sleep(0)  # its standby reaches its wait
 
 
-def test_the_first_line_of_the_handler_runs_before_on_opportunity_returns(loop: LaneLoop, clock: ManualClock) -> None:
+def test_the_first_line_of_the_handler_runs_before_on_opportunity_returns(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     ran: list[Any] = []
 
     async def handle(found: Opportunity) -> None:
         task = asyncio.current_task()
-        ran.append((found.edge_ppm, LANE.get(), OWNER.get(), task and task.get_name(), loop.lanes_closed))
+        ran.append(
+            (
+                found.edge_ppm,
+                LANE.get(),
+                OWNER.get(),
+                task and task.get_name(),
+                loop.lanes_closed,
+            )
+        )
         async with asyncio.timeout(1):  # needs a current task of its own
             await asyncio.sleep(0)
         ran.append("second step")
@@ -96,7 +114,9 @@ def test_the_first_line_of_the_handler_runs_before_on_opportunity_returns(loop: 
     assert not loop.lanes_closed
 
 
-def test_it_starts_at_once_also_from_a_callback_outside_any_task(loop: LaneLoop, clock: ManualClock) -> None:
+def test_it_starts_at_once_also_from_a_callback_outside_any_task(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     ran: list[int] = []
 
     async def handle(found: Opportunity) -> None:
@@ -106,14 +126,18 @@ def test_it_starts_at_once_also_from_a_callback_outside_any_task(loop: LaneLoop,
         switch = Switch(loop, clock)
         await ready(switch, handle)
         after: list[list[int]] = []
-        loop.call_soon(lambda: (switch.on_opportunity(opportunity(clock)), after.append(list(ran))))
+        loop.call_soon(
+            lambda: (switch.on_opportunity(opportunity(clock)), after.append(list(ran)))
+        )
         await asyncio.sleep(0.001)
         assert after == [[100]]
 
     loop.run_until_complete(main())
 
 
-def test_a_handler_set_in_this_very_iteration_runs_in_the_next(loop: LaneLoop, clock: ManualClock) -> None:
+def test_a_handler_set_in_this_very_iteration_runs_in_the_next(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     ran: list[int] = []
 
     async def handle(found: Opportunity) -> None:
@@ -131,7 +155,9 @@ def test_a_handler_set_in_this_very_iteration_runs_in_the_next(loop: LaneLoop, c
     assert ran == [100]
 
 
-def test_the_background_stands_still_until_the_handler_ends(loop: LaneLoop, clock: ManualClock) -> None:
+def test_the_background_stands_still_until_the_handler_ends(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     steps: list[int] = [0]
     hooks: list[str] = []
 
@@ -143,7 +169,11 @@ def test_the_background_stands_still_until_the_handler_ends(loop: LaneLoop, cloc
     async def main() -> None:
         go_on = loop.create_future()
         switch = Switch(
-            loop, clock, max_park_s=60, park=lambda: hooks.append("park"), resume=lambda: hooks.append("resume")
+            loop,
+            clock,
+            max_park_s=60,
+            park=lambda: hooks.append("park"),
+            resume=lambda: hooks.append("resume"),
         )
 
         async def handle(found: Opportunity) -> None:
@@ -171,10 +201,19 @@ def test_the_background_stands_still_until_the_handler_ends(loop: LaneLoop, cloc
     assert hooks == ["first line", "park", "resume"]
 
 
-def test_an_opportunity_found_by_a_background_task_does_not_park_its_own_handler(loop: LaneLoop, clock: ManualClock) -> None:
+def test_an_opportunity_found_by_a_background_task_does_not_park_its_own_handler(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     async def main() -> None:
         store = SlowStore()
-        switch = Switch(loop, clock, snapshot=lambda: BATCH, save=store.save, durability="sync", max_park_s=60)
+        switch = Switch(
+            loop,
+            clock,
+            snapshot=lambda: BATCH,
+            save=store.save,
+            durability="sync",
+            max_park_s=60,
+        )
         ran: list[int] = []
 
         async def handle(found: Opportunity) -> None:
@@ -199,7 +238,9 @@ def test_an_opportunity_found_by_a_background_task_does_not_park_its_own_handler
 
 def test_every_step_is_stamped(loop: LaneLoop, clock: ManualClock) -> None:
     observer = RecordingObserver()
-    quote = QuoteChanged.__struct_fields__  # the key of a trace names symbol and venue where the cause has them
+    quote = (
+        QuoteChanged.__struct_fields__
+    )  # the key of a trace names symbol and venue where the cause has them
     assert {"symbol", "venue"} <= set(quote)
 
     async def handle(found: Opportunity) -> None:
@@ -221,14 +262,25 @@ def test_every_step_is_stamped(loop: LaneLoop, clock: ManualClock) -> None:
 
     (trace,) = observer.traces
     ms = 1_000_000
-    assert (trace.received_ns, trace.decided_ns, trace.closed_ns) == (1000 * ms, 1003 * ms, 1003 * ms)
+    assert (trace.received_ns, trace.decided_ns, trace.closed_ns) == (
+        1000 * ms,
+        1003 * ms,
+        1003 * ms,
+    )
     assert (trace.snapshot_ns, trace.handler_ns, trace.done_ns, trace.reopened_ns) == (
         1004 * ms, 1004 * ms, 1006 * ms, 1006 * ms,
     )  # fmt: skip
-    assert (trace.switch_us, trace.outcome, trace.ts_event_ns, trace.key) == (4000.0, "handled", 7, "FeedStalled")
+    assert (trace.switch_us, trace.outcome, trace.ts_event_ns, trace.key) == (
+        4000.0,
+        "handled",
+        7,
+        "FeedStalled",
+    )
 
 
-def test_a_receipt_stamp_that_makes_no_sense_is_not_believed(loop: LaneLoop, clock: ManualClock) -> None:
+def test_a_receipt_stamp_that_makes_no_sense_is_not_believed(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     async def handle(found: Opportunity) -> None:
         pass
 
@@ -243,7 +295,9 @@ def test_a_receipt_stamp_that_makes_no_sense_is_not_believed(loop: LaneLoop, clo
     loop.run_until_complete(main())
 
 
-def test_the_trace_names_what_the_opportunity_is_about(loop: LaneLoop, clock: ManualClock) -> None:
+def test_the_trace_names_what_the_opportunity_is_about(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     class Cause(Event, frozen=True, kw_only=True):
         pair: str = "ARB/USDC"
         chain: str = "arbitrum"
@@ -260,7 +314,9 @@ def test_the_trace_names_what_the_opportunity_is_about(loop: LaneLoop, clock: Ma
     loop.run_until_complete(main())
 
 
-def test_a_late_opportunity_is_counted_and_not_run(loop: LaneLoop, clock: ManualClock) -> None:
+def test_a_late_opportunity_is_counted_and_not_run(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     ran: list[int] = []
     observer = RecordingObserver()
 
@@ -283,7 +339,9 @@ def test_a_late_opportunity_is_counted_and_not_run(loop: LaneLoop, clock: Manual
     assert not loop.lanes_closed
 
 
-def test_waiting_opportunities_run_one_at_a_time_best_edge_first(loop: LaneLoop, clock: ManualClock) -> None:
+def test_waiting_opportunities_run_one_at_a_time_best_edge_first(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     order: list[int] = []
     parked: list[bool] = []
 
@@ -313,31 +371,36 @@ def test_waiting_opportunities_run_one_at_a_time_best_edge_first(loop: LaneLoop,
     assert not loop.lanes_closed
 
 
-def test_a_long_queue_of_handlers_that_never_wait_is_served_without_recursion(loop: LaneLoop, clock: ManualClock) -> None:
+def test_a_long_queue_of_handlers_that_never_wait_is_served_without_recursion(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     async def main() -> None:
         switch = Switch(loop, clock, queue_limit=5_000)
-        gate = loop.create_future()
+        gate, finished = loop.create_future(), loop.create_future()
         done: list[int] = []
 
         async def handle(found: Opportunity) -> None:
             if found.edge_ppm == 0:
                 await gate
             done.append(found.edge_ppm)
+            if len(done) == 3_000:
+                finished.set_result(None)
 
         await ready(switch, handle)
         for edge in range(3_000):
             switch.on_opportunity(opportunity(clock, edge))
         gate.set_result(None)
-        await asyncio.sleep(0.05)
-        while len(done) < 3_000:
-            await asyncio.sleep(0)
+        await finished
+        await asyncio.sleep(0)
         assert done == [0, *range(2_999, 0, -1)]
         assert len(switch.traces) == 1024
 
     loop.run_until_complete(main())
 
 
-def test_an_opportunity_that_grows_late_while_it_waits_is_not_run(loop: LaneLoop, clock: ManualClock) -> None:
+def test_an_opportunity_that_grows_late_while_it_waits_is_not_run(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     async def main() -> None:
         switch = Switch(loop, clock)
         gate = loop.create_future()
@@ -356,7 +419,9 @@ def test_an_opportunity_that_grows_late_while_it_waits_is_not_run(loop: LaneLoop
     loop.run_until_complete(main())
 
 
-def test_several_handlers_may_be_under_way_when_asked_for(loop: LaneLoop, clock: ManualClock) -> None:
+def test_several_handlers_may_be_under_way_when_asked_for(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     async def main() -> None:
         switch = Switch(loop, clock, max_handlers=2, max_park_s=60)
         gates = {edge: loop.create_future() for edge in (1, 2)}
@@ -380,12 +445,18 @@ def test_several_handlers_may_be_under_way_when_asked_for(loop: LaneLoop, clock:
     loop.run_until_complete(main())
 
 
-def test_a_handler_that_waits_too_long_lets_the_background_run_in_the_gaps(loop: LaneLoop, clock: ManualClock) -> None:
+def test_a_handler_that_waits_too_long_lets_the_background_run_in_the_gaps(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     hooks: list[str] = []
 
     async def main() -> None:
         switch = Switch(
-            loop, clock, max_park_s=0.002, park=lambda: hooks.append("park"), resume=lambda: hooks.append("resume")
+            loop,
+            clock,
+            max_park_s=0.002,
+            park=lambda: hooks.append("park"),
+            resume=lambda: hooks.append("resume"),
         )
         gate = loop.create_future()
 
@@ -407,7 +478,9 @@ def test_a_handler_that_waits_too_long_lets_the_background_run_in_the_gaps(loop:
     assert hooks == ["park", "resume"]
 
 
-def test_a_handler_without_end_is_cancelled_and_the_next_one_served(loop: LaneLoop, clock: ManualClock) -> None:
+def test_a_handler_without_end_is_cancelled_and_the_next_one_served(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     async def main() -> None:
         switch = Switch(loop, clock, timeout_s=0.002)
         ran: list[int] = []
@@ -436,7 +509,9 @@ def test_a_handler_without_end_is_cancelled_and_the_next_one_served(loop: LaneLo
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_failing_handler_is_reported_and_the_background_goes_on(loop: LaneLoop, clock: ManualClock, waits: bool) -> None:
+def test_a_failing_handler_is_reported_and_the_background_goes_on(
+    loop: LaneLoop, clock: ManualClock, waits: bool
+) -> None:
     observer = RecordingObserver()
 
     async def handle(found: Opportunity) -> None:
@@ -457,7 +532,9 @@ def test_a_failing_handler_is_reported_and_the_background_goes_on(loop: LaneLoop
     assert not loop.lanes_closed
 
 
-def test_a_cancelled_handler_opens_the_lanes(loop: LaneLoop, clock: ManualClock) -> None:
+def test_a_cancelled_handler_opens_the_lanes(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     async def main() -> None:
         switch = Switch(loop, clock, max_park_s=60)
         task: list[asyncio.Task[None]] = []
@@ -495,24 +572,37 @@ def test_contexts_reach_the_store_after_the_first_step_unless_it_must_be_durable
             order.append("handler")
 
         for durability in ("async", "sync"):
-            switch = Switch(loop, clock, snapshot=lambda: BATCH, save=kept, durability=durability)  # type: ignore[arg-type]
+            switch = Switch(
+                loop, clock, snapshot=lambda: BATCH, save=kept, durability=durability
+            )  # type: ignore[arg-type]
             await ready(switch, handle)
             switch.on_opportunity(opportunity(clock))
             await asyncio.sleep(0.001)
 
-        assert order == ["handler", "handed over", "saved", "handed over", "saved", "handler"]
+        assert order == [
+            "handler",
+            "handed over",
+            "saved",
+            "handed over",
+            "saved",
+            "handler",
+        ]
 
     loop.run_until_complete(main())
 
 
-def test_a_deadline_that_passes_during_the_fsync_makes_it_late(loop: LaneLoop, clock: ManualClock) -> None:
+def test_a_deadline_that_passes_during_the_fsync_makes_it_late(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     async def main() -> None:
         store, ran = SlowStore(), []
 
         async def handle(found: Opportunity) -> None:
             ran.append(1)
 
-        switch = Switch(loop, clock, snapshot=lambda: BATCH, save=store.save, durability="sync")
+        switch = Switch(
+            loop, clock, snapshot=lambda: BATCH, save=store.save, durability="sync"
+        )
         await ready(switch, handle)
         switch.on_opportunity(opportunity(clock, deadline_s=0.1))
         clock.jump(0.2)
@@ -536,7 +626,14 @@ def test_a_store_that_fails_is_reported_and_stops_only_a_handler_that_counts_on_
         async def handle(found: Opportunity) -> None:
             ran.append(1)
 
-        switch = Switch(loop, clock, snapshot=lambda: BATCH, save=store.save, durability=durability, observers=[observer])
+        switch = Switch(
+            loop,
+            clock,
+            snapshot=lambda: BATCH,
+            save=store.save,
+            durability=durability,
+            observers=[observer],
+        )
         await ready(switch, handle)
         switch.on_opportunity(opportunity(clock))
         store.pending[0].set_exception(OSError("disk full"))
@@ -545,12 +642,16 @@ def test_a_store_that_fails_is_reported_and_stops_only_a_handler_that_counts_on_
 
     ran, outcomes = loop.run_until_complete(main())
 
-    assert (ran, outcomes) == (([1], {"handled": 1}) if durability == "async" else ([], {"failed": 1}))
+    assert (ran, outcomes) == (
+        ([1], {"handled": 1}) if durability == "async" else ([], {"failed": 1})
+    )
     assert ("switch", "OSError('disk full')") in [f[:2] for f in observer.failures]
     assert not loop.lanes_closed
 
 
-def test_a_snapshot_or_hook_or_observer_that_raises_does_not_cost_the_opportunity(loop: LaneLoop, clock: ManualClock) -> None:
+def test_a_snapshot_or_hook_or_observer_that_raises_does_not_cost_the_opportunity(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     reports: list[dict[str, Any]] = []
 
     class Broken(RecordingObserver):
@@ -572,7 +673,11 @@ def test_a_snapshot_or_hook_or_observer_that_raises_does_not_cost_the_opportunit
             ran.append(found.edge_ppm)
             await asyncio.sleep(0)
 
-        for options in ({"snapshot": fail, "park": fail, "resume": fail}, {"snapshot": lambda: BATCH, "save": refuse}, {"snapshot": lambda: BATCH}):
+        for options in (
+            {"snapshot": fail, "park": fail, "resume": fail},
+            {"snapshot": lambda: BATCH, "save": refuse},
+            {"snapshot": lambda: BATCH},
+        ):
             switch = Switch(loop, clock, observers=[observer], **options)
             await ready(switch, handle)
             switch.on_opportunity(opportunity(clock))
@@ -585,7 +690,9 @@ def test_a_snapshot_or_hook_or_observer_that_raises_does_not_cost_the_opportunit
     assert not loop.lanes_closed
 
 
-def test_a_handler_nobody_set_or_that_was_removed_is_dropped_and_counted(loop: LaneLoop, clock: ManualClock) -> None:
+def test_a_handler_nobody_set_or_that_was_removed_is_dropped_and_counted(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     async def main() -> None:
         switch = Switch(loop, clock)
         gate = loop.create_future()
@@ -609,7 +716,9 @@ def test_a_handler_nobody_set_or_that_was_removed_is_dropped_and_counted(loop: L
     loop.run_until_complete(main())
 
 
-def test_a_handler_set_again_replaces_the_first(loop: LaneLoop, clock: ManualClock) -> None:
+def test_a_handler_set_again_replaces_the_first(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     async def main() -> list[str]:
         switch, ran = Switch(loop, clock), []
 
@@ -627,7 +736,9 @@ def test_a_handler_set_again_replaces_the_first(loop: LaneLoop, clock: ManualClo
     assert loop.run_until_complete(main()) == ["second"]
 
 
-def test_stopping_waits_for_the_handler_then_cancels_it_and_leaves_no_task(loop: LaneLoop, clock: ManualClock) -> None:
+def test_stopping_waits_for_the_handler_then_cancels_it_and_leaves_no_task(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     async def main() -> None:
         switch = Switch(loop, clock, max_park_s=60)
         ended: list[str] = []
@@ -652,7 +763,9 @@ def test_stopping_waits_for_the_handler_then_cancels_it_and_leaves_no_task(loop:
     loop.run_until_complete(main())
 
 
-def test_percentiles_are_of_the_switches_that_reached_their_handler(loop: LaneLoop, clock: ManualClock) -> None:
+def test_percentiles_are_of_the_switches_that_reached_their_handler(
+    loop: LaneLoop, clock: ManualClock
+) -> None:
     async def handle(found: Opportunity) -> None:
         pass
 
@@ -669,4 +782,9 @@ def test_percentiles_are_of_the_switches_that_reached_their_handler(loop: LaneLo
 
     stats = loop.run_until_complete(main())
 
-    assert (stats["switches"], stats["p50_us"], stats["p99_us"], stats["max_us"]) == (100, 51.0, 100.0, 100.0)
+    assert (stats["switches"], stats["p50_us"], stats["p99_us"], stats["max_us"]) == (
+        100,
+        51.0,
+        100.0,
+        100.0,
+    )

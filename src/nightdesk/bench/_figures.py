@@ -4,12 +4,14 @@ import importlib.metadata
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["figures", "machine", "table"]
+__all__ = ["figures", "machine", "stillness", "table"]
 
+_GAP_S = 50e-6
 _PACKAGES = ("uvloop", "msgspec", "apsw", "apscheduler")
 
 
@@ -46,6 +48,24 @@ def machine() -> dict[str, Any]:
         "implementation": sys.implementation.name,
         "versions": versions,
         "load_average": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def stillness(seconds: float = 0.5) -> dict[str, float]:
+    """Return how much of `seconds` this machine took from a process that only looks at the clock.
+
+    Latencies beyond the worst gap are the program's; those below it may well be the machine's.
+    """
+    gaps = []
+    now = time.perf_counter()
+    end = now + seconds
+    while now < end:
+        before, now = now, time.perf_counter()
+        if now - before > _GAP_S:
+            gaps.append(now - before)
+    return {
+        "lost_share": round(sum(gaps) / seconds, 4),
+        "worst_gap_us": round(max(gaps, default=0.0) * 1e6, 1),
     }
 
 

@@ -60,11 +60,13 @@ def run(
         Per contender `per_s` and latencies in us; the ratio of `sqlite` to `fsync per file`; the stream of
         checkpoints that nobody awaits; the machine.
     """
-    with tempfile.TemporaryDirectory(
-        prefix=".bench-commit-", dir=directory or Path.cwd()
-    ) as place:
-        with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            return runner.run(_measure(Path(place), tasks, seconds, rounds))
+    with (
+        tempfile.TemporaryDirectory(
+            prefix=".bench-commit-", dir=directory or Path.cwd()
+        ) as place,
+        asyncio.Runner(loop_factory=new_event_loop) as runner,
+    ):
+        return runner.run(_measure(Path(place), tasks, seconds, rounds))
 
 
 async def _measure(

@@ -31,7 +31,7 @@ from typing import Any
 import msgspec
 
 from nightdesk.abc import Batch, Put
-from nightdesk.bench._figures import figures, machine, table
+from nightdesk.bench._figures import figures, machine, stillness, table
 from nightdesk.errors import CommandError
 from nightdesk.kernel.clock import SystemClock
 from nightdesk.kernel.inbox import Inbox
@@ -361,14 +361,16 @@ def run(
         progress: Told what is measured next.
 
     Returns:
-        `machine`, `loads[load][contender]` with figures in microseconds, and `bars`: what was promised
-        and what was reached.
+        `machine`; `stillness` of the machine, measured before each load; `loads[load][contender]` with
+        figures in microseconds; and `bars`: what was promised and what was reached.
     """
     collected: dict[str, dict[str, dict[str, list[float]]]] = {
         load: {contender: {} for contender in contenders} for load in loads
     }
+    quiet: list[dict[str, float]] = []
     for turn in range(rounds):
         for load in loads:
+            quiet.append(stillness())
             for contender in contenders:
                 if progress is not None:
                     progress(f"round {turn + 1} of {rounds}: {load}, {contender}")
@@ -388,6 +390,7 @@ def run(
     return {
         "benchmark": "switch",
         "machine": machine(),
+        "stillness": quiet,
         "unit": "us",
         "loads": results,
         "bars": _bars(results),
@@ -461,12 +464,15 @@ def report(result: dict[str, Any]) -> str:
         for b in result["bars"]
     ]
     host = result["machine"]
+    worst = max((q["worst_gap_us"] for q in result["stillness"]), default=0.0)
+    lost = max((q["lost_share"] for q in result["stillness"]), default=0.0)
     versions = ", ".join(
         f"{name} {version}" for name, version in host["versions"].items()
     )
     return "\n".join(
         [
             f"{host['processor']}, {host['cpus']} cores, {host['system']}; {versions}; load {host['load_average']}",
+            f"a process that only looks at the clock lost up to {lost:.1%} of its time here, {worst:,.0f} us at a stretch",
             "",
             table(
                 (

@@ -21,7 +21,7 @@ from nightdesk.model.context import FINAL_STATES, TaskContext, TaskExecutionResu
 from nightdesk.model.order import Side
 from nightdesk.model.serializer import TaskSerializer, decode_context
 from nightdesk.reports import health
-from nightdesk.roster.local import delta_neutral, iceberg
+from nightdesk.tasks import delta_neutral, iceberg
 
 __all__ = [
     "BaseTradingTask",

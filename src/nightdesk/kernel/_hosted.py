@@ -1,20 +1,77 @@
-"""What the pool remembers of one hosted task.
+"""What the pool asks of the desk, and what it remembers of one hosted task.
 
 Comes from: kernel/hosts.py
 Goes to: kernel/hosts.py
 """
 
+from collections.abc import Iterable
+from typing import Any, Protocol
+
 import msgspec
 
+from nightdesk.abc import Shelf
 from nightdesk.kernel._link import HostLink
 from nightdesk.kernel._wire import HostedTask
+from nightdesk.model.events import Event
 from nightdesk.model.health import TaskHealth
+from nightdesk.model.instrument import Instrument
+from nightdesk.model.order import Order, OrderRequest
+from nightdesk.model.position import Position
 from nightdesk.model.priority import Priority
 
-__all__ = ["Hosted"]
+__all__ = ["HostCallbacks", "HostLimits", "Hosted", "HostedTaskError"]
 
 _decode_health = msgspec.msgpack.Decoder(TaskHealth).decode
 _COUNTS = ("runs", "errors", "restarts", "overruns", "missed")
+
+
+class HostLimits(Protocol):
+    """`background` of `desk.yaml`."""
+
+    @property
+    def hosts(self) -> int: ...
+    @property
+    def stall_s(self) -> float: ...
+    @property
+    def memory_mb(self) -> int: ...
+
+
+class HostCallbacks(Protocol):
+    """What hosted tasks need of the desk. The coroutines may take their time, the rest must be quick."""
+
+    async def submit(self, task_id: str, request: OrderRequest) -> Order: ...
+    async def cancel(self, task_id: str, client_order_id: str) -> Order: ...
+    async def save_private(self, task_id: str, key: str, data: bytes) -> None: ...
+    async def load_private(self, task_id: str, key: str) -> bytes | None: ...
+    def save_context(self, task_id: str, data: bytes, shelf: Shelf) -> None: ...
+    def orders(self, task_id: str) -> list[Order]: ...
+    def positions(self) -> list[Position]: ...
+    def instruments(self) -> Iterable[Instrument]: ...
+    def emit(self, task_id: str, event: Event) -> None: ...
+    def alert(self, task_id: str, level: str, text: str) -> None: ...
+    def log(
+        self, task_id: str, level: str, text: str, fields: dict[str, Any]
+    ) -> None: ...
+
+    def on_offender(self, task_id: str, kind: str, detail: str, stack: str) -> None:
+        """A task harmed its host. `kind`: `slow` (a first warning), `stuck`, `leaks`, `crashes`, `ignores stop`."""
+
+    def on_refused(self, task_id: str, text: str, is_context: bool) -> None:
+        """A task cannot be built in its host; `is_context`: its saved context is the reason."""
+
+    def on_health_changed(self, task_id: str, health: TaskHealth) -> None:
+        """A pause, a quarantine, or the end of one: what must survive a restart of the desk."""
+
+    def on_finished(self, task_id: str) -> None:
+        """A task reached its end; its last context came by `save_context` before."""
+
+
+class HostedTaskError(Exception):
+    """What a hosted task raised, as observers see it: the exception itself stays in its process."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        self.kind, self.text = kind, text
+        super().__init__(f"{kind}: {text}")
 
 
 class Hosted:
@@ -22,13 +79,15 @@ class Hosted:
 
     Attributes:
         task: With its newest saved context: where a fresh host takes it up.
-        status: Why it has no host (`backoff`, `quarantined`); "" while it has one.
+        status: Why it has no host (`backoff`, `quarantined`, `completed`); "" while it has one.
         report: Its host's last word on its health, encoded.
         resumes_ns: Monotonic time before which the watch does not place it.
+        has_been_seen: Its stack was taken once while it held its host.
     """
 
     def __init__(self, task: HostedTask, number: int) -> None:
         self.task = task
+        self.id = task.task_id
         self.number = number
         self.link: HostLink | None = None
         self.status = ""
@@ -37,11 +96,16 @@ class Hosted:
         self.offences = 0
         self.offended_ns = 0
         self.resumes_ns = 0
+        self.has_been_seen = False
         self._carried = dict.fromkeys(_COUNTS, 0)
 
-    def rest(self, status: str, why: str) -> None:
+    def change(self, **changes: Any) -> None:
+        """Change what a fresh host is told of it."""
+        self.task = msgspec.structs.replace(self.task, **changes)
+
+    def rest(self, status: str, why: str, resumes_ns: int = 0) -> None:
         """Note that it runs nowhere, and why."""
-        self.status, self.why = status, why
+        self.status, self.why, self.resumes_ns = status, why, resumes_ns
 
     def leave(self) -> None:
         """Its host is gone: keep its counts, which the next host begins at zero."""
@@ -50,24 +114,22 @@ class Hosted:
         self._carried["restarts"] += 1
         self.report = None
         self.link = None
-        self.resumes_ns = 0
 
     def health(self) -> TaskHealth:
         """Return its health over all its hosts."""
-        health = (
-            _decode_health(self.report) if self.report is not None else self._bare()
-        )
+        bare = self.report is None
+        health = self._bare() if self.report is None else _decode_health(self.report)
         health.runs_in = "background"
         health.host = self.link.process.pid if self.link is not None else None
         for name in _COUNTS:
             setattr(health, name, getattr(health, name) + self._carried[name])
-        if self.status:
+        if self.status and (bare or self.status != "completed"):
             health.status, health.why = self.status, self.why
         return health
 
     def _bare(self) -> TaskHealth:
         return TaskHealth(
-            task_id=self.task.task_id,
+            task_id=self.id,
             type=self.task.type,
             priority=str(self.task.priority or Priority.NORMAL),
             group=self.task.group,

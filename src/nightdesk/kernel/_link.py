@@ -70,10 +70,11 @@ class HostLink:
         self.failures = failures
         self.is_ready = False
         self.is_doomed = False
-        self.named_owner = 0
+        self.named_since_ns = 0
         self.stuck: list[str] | None = None
         self.closed = asyncio.Event()
         self.tasks: set[str] = set()
+        self.follows: dict[str, int] = {}
         self.in_flight: dict[str, set[asyncio.Task[None]]] = {}
         self.keys: set[str] = set()
         self.events: set[str] = set()
@@ -100,6 +101,11 @@ class HostLink:
             lane=Lane.NORMAL,
             on_drained=self._on_drained,
         )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the process and its page are still held."""
+        return not self.process.is_closed
 
     @property
     def backlog(self) -> int:

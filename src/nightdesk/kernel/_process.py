@@ -46,7 +46,7 @@ class HostProcess:
         self._schedule: tuple[int, int] | None = None
         self._output = b""
         self._psutil: psutil.Process | None = None
-        self._gone = False
+        self.is_closed = False
 
     # vital signs
 
@@ -178,9 +178,9 @@ class HostProcess:
 
     def close(self) -> None:
         """Give back its page and descriptors."""
-        if self._gone:
+        if self.is_closed:
             return
-        self._gone = True
+        self.is_closed = True
         self.page.close()
         os.close(self._stack)
         if self._process.stdout is not None:

@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import psutil
 
@@ -180,7 +180,7 @@ def _resident_bytes_reader() -> Callable[[], int]:
         statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         process = psutil.Process()
-        return lambda: cast(int, process.memory_info().rss)
+        return lambda: process.memory_info().rss
     page = os.sysconf("SC_PAGE_SIZE")
     return lambda: int(os.pread(statm, 64, 0).split(None, 2)[1]) * page
 
@@ -194,7 +194,7 @@ class HostLoop(LaneLoop):
     # `LaneLoop` keeps here the callback that its pump has in hand: the one place that every callback
     # of every task passes, subtasks and timers included, and that is true before the callback runs.
     @property
-    def _in_hand(self) -> asyncio.Handle | None:  # type: ignore[override]
+    def _in_hand(self) -> asyncio.Handle | None:
         return self._held
 
     @_in_hand.setter

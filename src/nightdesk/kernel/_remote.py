@@ -108,6 +108,11 @@ class DeskLine:
     def close(self) -> None:
         self._channel.close()
 
+    async def drained(self) -> None:
+        """Wait until the desk has read everything."""
+        while self._channel.backlog:  # noqa: ASYNC110 (happens once, at the end)
+            await asyncio.sleep(0.005)
+
     async def ask(self, verb: str, task_id: str, body: Any, kind: Any) -> Any:
         """Ask the desk and return its answer as `kind`; without a timeout, the desk has its own.
 

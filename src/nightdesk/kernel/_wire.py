@@ -255,7 +255,7 @@ class HealthChanged(Frame, frozen=True):
 
 class Failed(Frame, frozen=True):
     task_id: str
-    type: str
+    kind: str
     text: str
     consequence: str
 

@@ -20,6 +20,10 @@ class Histogram:
     __slots__ = ("_buckets", "count", "max")
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
         self._buckets = [0] * (_OCTAVES << _SUB_BITS)
         self.count = 0
         self.max = 0

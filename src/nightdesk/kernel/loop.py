@@ -61,6 +61,8 @@ OWNER: ContextVar[str] = ContextVar("OWNER", default="")
 _TURNS = (1, 2, 1, 3, 1, 2, 1, 4, 1, 2, 1, 3, 1, 2, 1)
 _TIMERS_PER_SLICE = 32
 _MAX_OFFENDERS = 256
+# Before 3.12 a task does not tell its context, and the owner of a task that blocks would be unknown.
+_TASKS_TELL_CONTEXT = hasattr(asyncio.Task, "get_context")
 
 _log = logging.getLogger(__name__)
 
@@ -216,10 +218,15 @@ class LaneLoop(asyncio.AbstractEventLoop):
         context: Context | None = None,
         **kwargs: Any,
     ) -> asyncio.Task[T]:
-        """Create a task, named after its owner unless it has a name, so that a stall can be attributed."""
+        """Create a task, named after its owner unless it has a name."""
+        if context is None:
+            context = copy_context()
         if name is None:
-            name = OWNER.get() if context is None else context.get(OWNER, "")
-        return super().create_task(coro, name=name or None, context=context, **kwargs)
+            name = context.get(OWNER, "") or None
+        task = super().create_task(coro, name=name, context=context, **kwargs)
+        if not _TASKS_TELL_CONTEXT:
+            task._owner_context = context  # type: ignore[attr-defined]
+        return task
 
     def _enter(self, lane: Lane, handle: asyncio.Handle) -> None:
         self._queues[lane].append(handle)
@@ -403,8 +410,15 @@ class LaneLoop(asyncio.AbstractEventLoop):
                 return cast(str, owner)
         if self._owner:
             return self._owner
-        task = asyncio.current_task(self)
-        return task.get_name() if task is not None else ""
+        task: Any = asyncio.current_task(self)
+        if task is None:
+            return ""
+        context = (
+            task.get_context()
+            if _TASKS_TELL_CONTEXT
+            else getattr(task, "_owner_context", self._bare)
+        )
+        return context.get(OWNER) or cast(str, task.get_name())
 
     def lane_stats(self) -> dict[str, Any]:
         """Return what waits, what ran, and who overran a slice."""

@@ -13,7 +13,9 @@ from nightdesk.kernel.hours import instant_in_words
 from nightdesk.kernel.locks import KeyQueues
 from nightdesk.model.health import TaskHealth
 
-__all__ = ["Reports"]
+__all__ = ["Reports", "reason_in"]
+
+_ADVICE = "; `nightdesk tasks resume"
 
 
 class Reports:
@@ -63,10 +65,8 @@ class Reports:
     def words(self, entry: Entry) -> str:
         """Return when the task runs next, or why it does not."""
         wall, monotonic = self._clock.now_ns(), self._clock.monotonic_ns()
-        if entry.mode == "paused":
-            return f"paused: {entry.why}"
         if entry.mode == "quarantined":
-            return f"quarantined: {entry.why}; `nightdesk tasks resume {entry.id}` runs it again"
+            return f"quarantined: {entry.why}{_ADVICE} {entry.id}` runs it again"
         if entry.mode not in ("active", "backoff"):
             return f"{entry.mode}: {entry.why}" if entry.why else entry.mode
         if entry.stage is not Stage.IDLE:
@@ -91,6 +91,11 @@ class Reports:
         if entry.stage is Stage.KEYS:
             return self._keys.why(entry.id).replace(" group:", " a slot of group ")
         return "waits for its turn"
+
+
+def reason_in(words: str) -> str:
+    """Return the bare reason from the words of a task that was set aside: what is kept over a restart."""
+    return words.partition(": ")[2].partition(_ADVICE)[0]
 
 
 def _status(entry: Entry) -> str:

@@ -33,7 +33,7 @@ from nightdesk.kernel.entries import (
 from nightdesk.kernel.figures import Histogram
 from nightdesk.kernel.hours import Calendars
 from nightdesk.kernel.loop import OWNER
-from nightdesk.kernel.reports import Reports
+from nightdesk.kernel.reports import Reports, reason_in
 from nightdesk.kernel.runner import Runner
 from nightdesk.kernel.sessions import Session, Sessions
 from nightdesk.kernel.supervisor import Supervisor, describe
@@ -58,6 +58,9 @@ _log = logging.getLogger(__name__)
 
 class Scheduler:
     """Runs registered tasks at their times.
+
+    Attributes:
+        lags: How late cycles began, over all tasks, in nanoseconds.
 
     Args:
         max_concurrent: Cycles under way at once, in all.
@@ -116,7 +119,7 @@ class Scheduler:
             clock, self._strike, self._on_jump
         )
         self._phases: dict[int, int] = {}
-        self._lags = Histogram()
+        self.lags = Histogram()
         self._started = False
         self._stopping = False
 
@@ -238,7 +241,7 @@ class Scheduler:
         if mode in ("paused", "quarantined", "stopped", "completed"):
             entry.mode = mode  # type: ignore[assignment]
         if isinstance(status, TaskHealth):
-            entry.why = status.why if entry.mode != "active" else ""
+            entry.why = reason_in(status.why)
             entry.last_error = status.last_error
 
     def _listen(self, entry: Entry) -> None:
@@ -506,7 +509,7 @@ class Scheduler:
         lag = entry.started_ns - entry.ready_ns
         runs = entry.runs
         entry.runs = runs + 1
-        self._lags.add(lag)
+        self.lags.add(lag)
         lags, durations = entry.lags, entry.durations
         if lags is None or durations is None:
             entry.lags, entry.durations = array("q", (lag,)), array("q", (duration,))
@@ -738,11 +741,11 @@ class Scheduler:
         """Return counts and the distribution of lags over all tasks."""
         return {
             "tasks": len(self._entries),
-            "runs": self._lags.count,
+            "runs": self.lags.count,
             "due": len(self._dues),
             **self._runner.stats(),
             **{
                 f"lag_{name}_s": value / 1e9
-                for name, value in self._lags.summary().items()
+                for name, value in self.lags.summary().items()
             },
         }

@@ -19,7 +19,13 @@ from nightdesk.errors import ConfigError
 from nightdesk.loading.build import adjustments, function_cycle, make_context
 from nightdesk.loading.check import SECTIONS, check
 from nightdesk.loading.classes import catalog, load_class, load_task
-from nightdesk.loading.tree import Problems, Tree, overlay_environment, overlay_flags, read_file
+from nightdesk.loading.tree import (
+    Problems,
+    Tree,
+    overlay_environment,
+    overlay_flags,
+    read_file,
+)
 
 __all__ = [
     "DEFAULT_FILE",

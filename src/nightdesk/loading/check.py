@@ -16,6 +16,7 @@ from nightdesk.abc import Task
 from nightdesk.config import Config, SourceConfig, TaskEntry, VenueConfig
 from nightdesk.errors import ConfigError
 from nightdesk.loading import parameters
+from nightdesk.loading.build import make_context
 from nightdesk.loading.classes import catalog, load_function_or_class
 from nightdesk.loading.convert import convert, settle
 from nightdesk.loading.parameters import Parameter
@@ -23,11 +24,12 @@ from nightdesk.loading.schedules import SCHEDULE_KEYS, read_schedule
 from nightdesk.loading.tree import Key, Problems, Tree, path_text
 from nightdesk.loading.words import nearest, shown, type_words
 from nightdesk.model.priority import Priority
+from nightdesk.model.schedule import Schedule
 
 __all__ = ["SECTIONS", "check"]
 
 _INTERNAL = frozenset({"source_file"})
-_STRUCT_SECTIONS = {
+_STRUCT_SECTIONS: dict[str, type[msgspec.Struct]] = {
     "state": shapes.StateConfig,
     "kernel": shapes.KernelConfig,
     "background": shapes.BackgroundConfig,
@@ -38,7 +40,7 @@ _DESIGN_004 = ("trading", "background_tasks")
 SECTIONS = (*(f.name for f in msgspec.structs.fields(Config) if f.name not in _INTERNAL), *_DESIGN_004)
 
 # Smallest sensible value; a key that is not here may be 0 or, where money is meant, anything.
-_AT_LEAST = {
+_AT_LEAST: dict[Key, int] = {
     ("kernel", "slice_us"): 1,
     ("kernel", "opportunity_queue"): 1,
     ("kernel", "max_concurrent"): 1,
@@ -54,7 +56,7 @@ _AT_LEAST = {
     ("risk", "starting_equity"): 0,
     ("state", "keep_completed_hours"): 0,
 }
-_AT_MOST = {("background", "hosts"): 256}
+_AT_MOST: dict[Key, int] = {("background", "hosts"): 256}
 
 _TASK_KEYS = ("id", "type", "priority", "timeout", "timeout_s", "group", "after", "runs_in", "enabled", "params")
 _OTHER_NAMES = {
@@ -132,7 +134,7 @@ class _Checker:
             return _MISSING
 
     def _in_bounds(self, value: Any, path: Key) -> bool:
-        least, most = _AT_LEAST.get(path), _AT_MOST.get(path)  # type: ignore[call-overload]
+        least, most = _AT_LEAST.get(path), _AT_MOST.get(path)
         if value is None or ((least is None or value >= least) and (most is None or value <= most)):
             return True
         words = f"{least} or more" if most is None else f"{least} to {most}"
@@ -162,10 +164,12 @@ class _Checker:
         target = self._class(kind, type_name, path)
         if target is None:
             return {**raw, **nested}
-        known, open_ended = parameters.of_part(target)
+        known, open_ended = parameters.of_part(target, type_name)
         here = self._given(raw, known, path, ("name", "type"), open_ended)
         there = self._given(nested, known, (*path, "options"), (), open_ended)
         self._required(known, {**raw, **nested}, path)
+        if kind == "venue" and "feeds" in raw:
+            self._feeds(raw["feeds"], (*path, "feeds"))
         return {**here, **there}
 
     # --- tasks ----------------------------------------------------------------------------------------
@@ -212,7 +216,7 @@ class _Checker:
         target = self._class("task", type_name, path)
         self._params(found, target, item, path, defaults, venues)
         if target is not None and not isinstance(target, type) and found["schedule"] is None:
-            found["schedule"] = shapes.Schedule(once=True)
+            found["schedule"] = Schedule(once=True)
         return TaskEntry(**found)
 
     def _priority(self, found: dict[str, Any], raw: Any, path: Key) -> None:
@@ -234,6 +238,9 @@ class _Checker:
             known, open_ended = parameters.of_task(target), False
         else:
             known, open_ended = parameters.of_callable(target)
+        if "instruments" in known and defaults.get("symbols"):
+            at = [f"{symbol}@{venue}" for symbol in defaults["symbols"] for venue in sorted(venues)]
+            defaults = {**defaults, "instruments": tuple(at)}
         given = {
             **{key: value for key, value in defaults.items() if key in known},
             **self._given(raw, known, path, (*_TASK_KEYS, *SCHEDULE_KEYS), open_ended),
@@ -242,6 +249,13 @@ class _Checker:
         self._required(known, {**defaults, **raw, **nested}, path)
         self._venues_exist(given, raw, path, venues)
         found["params"] = given
+        if isinstance(target, type) and not self._problems:
+            # Fields may be right one by one and wrong together.
+            try:
+                make_context(target, TaskEntry(id=found["id"], type=found["type"], params=given), Config())
+            except ConfigError as error:
+                for problem in error.problems:
+                    self._problems.add(self._tree.place(path), f"`{path_text(path)}`: {problem}")
 
     def _venues_exist(self, given: dict[str, Any], raw: Mapping[str, Any], path: Key, venues: set[str]) -> None:
         for key, value in given.items():
@@ -336,7 +350,7 @@ class _Checker:
         if not isinstance(raw, list):
             self._wrong((name,), raw, expected)
             return []
-        found = []
+        found: list[tuple[Key, Any]] = []
         for index, item in enumerate(raw):
             if isinstance(item, Mapping):
                 found.append(((name, index), item))
@@ -369,21 +383,24 @@ class _Checker:
             self._unknown(raw, path, known, beside)
         found: dict[str, Any] = {}
         for key, value in raw.items():
-            if key not in known:
-                found[key] = settle(value)
-            elif known[key].hint is Any:
+            if key not in known or known[key].hint is Any:
                 found[key] = settle(value)
             else:
                 self._set(found, key, self._deep(value, known[key].hint, (*path, key)))
         return found
 
     def _deep(self, raw: Any, hint: Any, path: Key) -> Any:
-        """As `value`; a mapping that stands for a struct is checked key by key and stays a mapping."""
+        """As `value`; mappings that stand for structs are checked key by key and stay mappings."""
         shape, many = parameters.struct_in(hint)
-        if shape is None or isinstance(raw, str):
+        if shape is None or isinstance(raw, str | bool):
             return self.value(raw, hint, path)
-        if not many:
+        if many == "one":
             return self._shape(raw, shape, path)
+        if many == "mapping":
+            if not isinstance(raw, Mapping):
+                self._wrong(path, raw, "a mapping of mappings")
+                return _MISSING
+            return {key: self._shape(item, shape, (*path, key)) for key, item in raw.items()}
         if not isinstance(raw, list):
             self._wrong(path, raw, "a list of mappings")
             return _MISSING
@@ -393,13 +410,27 @@ class _Checker:
         if not isinstance(raw, Mapping):
             self._wrong(path, raw, "a mapping of keys")
             return _MISSING
-        known = {
-            field.name: Parameter(field.name, field.type, field.required)
-            for field in msgspec.structs.fields(shape)
-            if not (field.name == "venue" and path[0] == "venues")  # a venue's instruments are its own
-        }
+        # The instruments of a venue are its own, so they need not name it.
+        known = parameters.of_struct(shape, frozenset({"venue"}) if path[0] == "venues" else frozenset())
         self._required(known, raw, path)
         return self._given(raw, known, path, (), open_ended=False)
+
+    def _feeds(self, raw: Any, path: Key) -> None:
+        """What feeds a paper venue in a process of its own: sources, but for the venue they show."""
+        for index, item in enumerate(raw if isinstance(raw, list) else []):
+            here = (*path, index)
+            type_name = self._text(item, "type", here) if isinstance(item, Mapping) else None
+            if type_name is None:
+                self._missing(here, "type", "simulated or replay")
+                continue
+            target = self._class("source", type_name, here)
+            if target is not None:
+                known, open_ended = parameters.of_part(target, type_name)
+                given = {key: value for key, value in item.items() if key not in ("name", "type")}
+                for name in ("venue", "venues"):
+                    known.pop(name, None)
+                self._given(given, known, here, ("name", "type"), open_ended)
+                self._required(known, given, here)
 
     def _required(self, known: Mapping[str, Parameter], given: Mapping[str, Any], path: Key) -> None:
         for name, parameter in known.items():

@@ -6,8 +6,10 @@ Goes to: config.py
 
 import re
 import types
+from collections.abc import Sequence
 from decimal import Decimal
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
@@ -18,7 +20,7 @@ from nightdesk.loading.words import type_words
 __all__ = ["convert", "duration_s", "settle"]
 
 _DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s|sec|m|min|h|d)\s*\Z", re.IGNORECASE)
-_LISTS = (tuple, list, frozenset, set)
+_LISTS = (tuple, list, frozenset, set, Sequence)
 _UNITS = {"us": "0.000001", "ms": "0.001", "s": "1", "sec": "1", "m": "60", "min": "60", "h": "3600", "d": "86400"}
 
 
@@ -38,6 +40,7 @@ def convert(value: Any, hint: Any, key: str = "") -> Any:
         ValueError: It cannot be; the text says what was expected.
     """
     expected = type_words(hint, key)
+    hint = _as_text_type(hint)
     for candidate in _readings(value, hint, key):
         try:
             result = msgspec.convert(candidate, hint, strict=False)
@@ -51,6 +54,23 @@ def convert(value: Any, hint: Any, key: str = "") -> Any:
         detail = ""
     where = re.search(r"at `\$(.+)`", detail)
     raise ValueError(f"{expected} ({_inner(detail)} at `{where[1]}`)" if where else expected)
+
+
+def _as_text_type(hint: Any) -> Any:
+    """A path is text here; msgspec does not know the type."""
+    if hint is Path:
+        return str
+    origin, arguments = get_origin(hint), get_args(hint)
+    if not arguments or origin is Literal or Path not in _all_arguments(hint):
+        return hint
+    inner = tuple(_as_text_type(a) for a in arguments)
+    if origin in (Union, types.UnionType):
+        return Union[inner]  # noqa: UP007
+    return origin[inner]  # type: ignore[index]
+
+
+def _all_arguments(hint: Any) -> list[Any]:
+    return [hint, *(inner for a in get_args(hint) for inner in _all_arguments(a))]
 
 
 def settle(value: Any) -> Any:

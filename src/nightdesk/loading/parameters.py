@@ -6,22 +6,24 @@ Goes to: tasks/, venues/, sources/
 
 import inspect
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from nightdesk.abc import Task
-from nightdesk.market.matching import MatchingEngine
+from nightdesk.exchange.options import PaperOptions
 from nightdesk.model.context import TaskContext
+from nightdesk.model.instrument import Instrument
 
-__all__ = ["INJECTED", "Parameter", "engine_keywords", "of_callable", "of_part", "of_task", "struct_in"]
+__all__ = ["INJECTED", "Parameter", "of_callable", "of_part", "of_struct", "of_task", "struct_in"]
 
-INJECTED = frozenset({"self", "name", "clock", "directory", "on_failure", "matching", "desk"})
+INJECTED = frozenset({"self", "name", "clock", "directory", "on_failure", "desk"})
 """What the desk itself hands to a class or function; never a key of `desk.yaml`."""
 
-_OWN = {field.name for field in msgspec.structs.fields(TaskContext)} - {"metadata", "should_save_flag"}
+Shape = Literal["one", "list", "mapping"]
+_OWN = frozenset(f.name for f in msgspec.structs.fields(TaskContext)) - {"metadata", "should_save_flag"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +37,7 @@ class Parameter:
 
 def of_task(kind: type[Task[Any]]) -> dict[str, Parameter]:
     """Return the fields of the task's context that an operator may set."""
-    return {
-        field.name: Parameter(field.name, field.type, field.required)
-        for field in msgspec.structs.fields(kind.context_class)
-        if field.name not in _OWN
-    }
+    return of_struct(kind.context_class, _OWN)
 
 
 def of_callable(target: Callable[..., Any]) -> tuple[dict[str, Parameter], bool]:
@@ -60,31 +58,37 @@ def of_callable(target: Callable[..., Any]) -> tuple[dict[str, Parameter], bool]
     return found, open_ended
 
 
-def of_part(kind: type) -> tuple[dict[str, Parameter], bool]:
-    """Return the keys of a venue or source; a venue that is given a matching engine takes its keys, too."""
-    known, open_ended = of_callable(kind)
-    if "matching" in inspect.signature(kind).parameters:
-        known |= engine_keywords()
-    return known, open_ended
+def of_part(kind: type, type_name: str) -> tuple[dict[str, Parameter], bool]:
+    """Return the keys of a venue or source."""
+    if type_name != "paper":
+        return of_callable(kind)
+    # The paper venue may live in a process of its own, so its keys are a struct and not its keywords.
+    known = of_struct(PaperOptions)
+    return known | {"instruments": Parameter("instruments", list[Instrument], required=True)}, False
 
 
-def engine_keywords() -> dict[str, Parameter]:
-    """Return the keys of the matching engine behind a paper venue."""
-    keywords = inspect.signature(MatchingEngine).parameters.values()
-    hints = get_type_hints(MatchingEngine.__init__)
-    return {p.name: Parameter(p.name, hints[p.name]) for p in keywords if p.kind is p.KEYWORD_ONLY}
+def of_struct(shape: type[msgspec.Struct], but: frozenset[str] = frozenset()) -> dict[str, Parameter]:
+    """Return the fields of a struct as keys."""
+    return {
+        field.name: Parameter(field.name, field.type, field.required)
+        for field in msgspec.structs.fields(shape)
+        if field.name not in but
+    }
 
 
-def struct_in(hint: Any) -> tuple[type[msgspec.Struct] | None, bool]:
-    """Return the struct that a mapping may stand for in `hint`, and whether a list of them is meant."""
-    origin = get_origin(hint)
+def struct_in(hint: Any) -> tuple[type[msgspec.Struct] | None, Shape]:
+    """Return the struct that mappings stand for in `hint`, and whether it is one, a list or a mapping of them."""
+    origin, arguments = get_origin(hint), get_args(hint)
     if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
-        return hint, False
+        return hint, "one"
     if origin in (Union, types.UnionType):
-        for argument in get_args(hint):
-            found, many = struct_in(argument)
+        for argument in arguments:
+            found, shape = struct_in(argument)
             if found is not None:
-                return found, many
-    if isinstance(origin, type) and issubclass(origin, Sequence) and get_args(hint):
-        return struct_in(get_args(hint)[0])[0], True
-    return None, False
+                return found, shape
+    elif isinstance(origin, type) and arguments and origin is not type:
+        if issubclass(origin, Mapping):
+            return struct_in(arguments[-1])[0], "mapping"
+        if issubclass(origin, Collection):
+            return struct_in(arguments[0])[0], "list"
+    return None, "one"

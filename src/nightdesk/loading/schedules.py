@@ -19,7 +19,7 @@ from nightdesk.model.schedule import Schedule
 __all__ = ["SCHEDULE_KEYS", "read_schedule"]
 
 _SHORT = {"every": "every_s", "open": "open_s", "closed": "closed_s", "jitter": "jitter_s"}
-_FIELDS = {field.name: field.type for field in msgspec.structs.fields(Schedule)}
+_FIELDS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Schedule)}
 SCHEDULE_KEYS = (
     "schedule", "every", "cron", "at", "once", "continuous", "on", "calendar", "open", "closed", "jitter", "timezone",
 )  # fmt: skip
@@ -40,7 +40,7 @@ def read_schedule(item: Mapping[str, Any], path: Key, wrong: Wrong, unknown: Unk
     if isinstance(section, Mapping):
         unknown(section, (*path, "schedule"), [*_FIELDS, *_SHORT])
         for key, value in section.items():
-            given[_SHORT.get(key, key)] = ((*path, "schedule", key), value)
+            given[_SHORT.get(str(key), str(key))] = ((*path, "schedule", key), value)
     for key in SCHEDULE_KEYS[1:]:
         if item.get(key) is not None:
             given[_SHORT.get(key, key)] = ((*path, key), item[key])

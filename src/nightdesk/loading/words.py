@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from decimal import Decimal
 from difflib import get_close_matches
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 __all__ = ["is_secret", "nearest", "shown", "type_words"]
@@ -23,6 +24,7 @@ _SIMPLE = {
     str: "text",
     bool: "true or false",
     type(None): "null",
+    Path: "a path",
 }
 
 

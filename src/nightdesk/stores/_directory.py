@@ -20,7 +20,13 @@ from nightdesk.stores._lock import (
     not_writable,
 )
 from nightdesk.stores._restore import finish_restore
-from nightdesk.stores._writer import DiskFull, GroupWriter, Operations, WriterState
+from nightdesk.stores._writer import (
+    OVERHEAD,
+    DiskFull,
+    GroupWriter,
+    Operations,
+    WriterState,
+)
 
 __all__ = ["MAX_RECORD_BYTES", "DirectoryStore", "Quarantined"]
 
@@ -114,15 +120,24 @@ class DirectoryStore(Store):
             raise StateNotWritableError(
                 str(self.path), "the store is not started", "Call `start` first."
             )
-        for operation in batch:
-            _check(operation.kind, operation.key)
-            if type(operation) is Put and len(operation.data) > MAX_RECORD_BYTES:
-                raise CapacityError(
-                    f"record {operation.kind} {operation.key!r} of {len(operation.data)} bytes",
-                    MAX_RECORD_BYTES,
-                    "the batch was not taken. Keep large data in a file of its own.",
+        size = 0
+        operations = tuple(batch)
+        for operation in operations:
+            kind, key = operation.kind, operation.key
+            if not (
+                0 < len(kind) <= _MAX_NAME >= len(key) > 0
+                and kind.isprintable()
+                and key.isprintable()
+            ):
+                raise ValueError(
+                    f"{kind!r} {key!r} cannot name a record: expected 1 to {_MAX_NAME} printable characters"
                 )
-        return self._writer.save(batch)
+            size += OVERHEAD
+            if type(operation) is Put:
+                if len(operation.data) > MAX_RECORD_BYTES:
+                    raise _too_large(operation)
+                size += len(operation.data)
+        return self._writer.save(operations, size)
 
     async def load(self, kind: str, shelf: Shelf | None = None) -> list[Record]:
         return await self._writer.run(lambda: self.read(kind, shelf))
@@ -289,9 +304,9 @@ def _at(ordered: list[int], share: float) -> int:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0
 
 
-def _check(kind: str, key: str) -> None:
-    for name in (kind, key):
-        if not name or len(name) > _MAX_NAME or not name.isprintable():
-            raise ValueError(
-                f"{kind!r} {key!r} cannot name a record: expected 1 to {_MAX_NAME} printable characters"
-            )
+def _too_large(put: Put) -> CapacityError:
+    return CapacityError(
+        f"record {put.kind} {put.key!r} of {len(put.data)} bytes",
+        MAX_RECORD_BYTES,
+        "the batch was not taken. Keep large data in a file of its own.",
+    )

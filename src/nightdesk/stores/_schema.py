@@ -278,7 +278,8 @@ def translate(path: str, error: Exception) -> Exception:
         | apsw.CorruptError
         | apsw.SQLError
         | apsw.FormatError
-        | UnicodeDecodeError,
+        | TypeError
+        | ValueError,
     ):
         return StateDamagedError(
             path, f"SQLite cannot read it ({_describe(error)})", RESTORE

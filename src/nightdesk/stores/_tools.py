@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -78,11 +79,20 @@ def inspect(directory: Path) -> dict[str, Any]:
 def export(directory: Path) -> Iterator[dict[str, Any]]:
     """Yield every record, oldest first, as something JSON can say: `data` if it is JSON, else `data_base64`.
 
+    A damaged record is one line too, with the reason under `damaged`.
+
     Raises:
         CommandError: There is no state.
         StateDamagedError: It cannot be read.
     """
     for record in _records(_state_file(directory)):
+        if isinstance(record, schema.BadRow):
+            yield {
+                "kind": str(record.kind),
+                "key": str(record.key),
+                "damaged": record.reason,
+            }
+            continue
         line: dict[str, Any] = {
             "kind": record.kind,
             "key": record.key,
@@ -172,11 +182,14 @@ def restore(backup_file: Path, directory: Path, clock: Clock) -> dict[str, Any]:
         finish_restore(lock)
     finally:
         lock.release()
-    kept = directory / aside
+    kept: Path | None = directory / aside
+    if kept is not None and not any(kept.iterdir()):
+        kept.rmdir()
+        kept = None
     return {
         **facts,
         "restored": str(directory / name),
-        "kept": str(kept) if any(kept.iterdir()) else None,
+        "kept": kept and str(kept),
     }
 
 
@@ -261,34 +274,31 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _sqlite_content(path: Path) -> dict[str, Any]:
-    with (
-        _reading(path) as connection,
-        connection,
-    ):  # one transaction: a running desk commits meanwhile
+    facts: dict[str, Any] = {"store": "sqlite"}
+    with _reading(path) as connection:
+        # One view of a database that a running desk keeps writing.
+        connection.execute("BEGIN")
         version = schema.check_schema(connection, str(path))
-        bad = (
-            schema.verify(connection, str(path))
-            if version == schema.SCHEMA_VERSION
-            else []
-        )
-        epoch, sequence = next(
-            iter(connection.execute("SELECT epoch, sequence FROM meta"))
-        )
+        bad: list[schema.BadRow] = []
+        if version == schema.SCHEMA_VERSION:
+            bad = schema.verify(connection, str(path))
+        epoch, sequence = connection.execute("SELECT epoch, sequence FROM meta").get
         quarantined = connection.execute(
             "SELECT kind, key, reason FROM quarantine ORDER BY id"
-        ).fetchall()
-        found = schema.integrity(connection) or "; ".join(
-            f"{row.kind} {row.key!r}: {row.reason}" for row in bad
         )
-        return {
-            "store": "sqlite",
+        facts |= {
             "schema_version": version,
             "epoch": epoch,
             "sequence": sequence,
             "records": _counts(connection.execute("SELECT kind, shelf FROM records")),
             "quarantined": [[str(value) for value in row] for row in quarantined],
-            "integrity": found or "ok",
+            "integrity": schema.integrity(connection) or _list(bad) or "ok",
         }
+    return facts
+
+
+def _list(bad: list[schema.BadRow]) -> str:
+    return "; ".join(f"{row.kind} {row.key!r}: {row.reason}" for row in bad)
 
 
 def _counts(pairs: Any) -> dict[str, dict[str, int]]:
@@ -299,13 +309,17 @@ def _counts(pairs: Any) -> dict[str, dict[str, int]]:
     return shelves
 
 
-def _records(path: Path) -> list[Record]:
+def _records(path: Path) -> list[Record | schema.BadRow]:
+    """Every record in order of sequence, the damaged ones last."""
     if not _is_sqlite(path):
         return list(log.replay(path.read_bytes(), str(path)).records.values())
     with _reading(path) as connection:
         schema.check_schema(connection, str(path))
-        found = [row for row in schema.read_rows(connection) if isinstance(row, Record)]
-    return sorted(found, key=lambda record: record.sequence)
+        found = list(schema.read_rows(connection))
+    return sorted(
+        found,
+        key=lambda row: row.sequence if isinstance(row, Record) else sys.maxsize,
+    )
 
 
 def _bring_in(source: Path, directory: Path, name: str, aside: str) -> None:

@@ -111,7 +111,7 @@ class SqliteStore(DirectoryStore):
         elif version < self.schema_version:
             self._migrate(connection, version)
         epoch, self.sequence = map(
-            int, next(iter(connection.execute("SELECT epoch, sequence FROM meta")))
+            int, connection.execute("SELECT epoch, sequence FROM meta").get
         )
         if not (0 <= epoch < _MOST_EPOCHS and self.sequence >= 0):
             raise StateDamagedError(

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from logging.handlers import QueueListener, RotatingFileHandler
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import msgspec
 import structlog
@@ -225,7 +225,7 @@ def _as_json(record: logging.LogRecord) -> str:
 
 
 def _as_text(record: logging.LogRecord, colour: bool) -> str:
-    entry: dict[str, Any] = dict(record.msg)  # type: ignore[call-overload]
+    entry = dict(cast(Mapping[str, Any], record.msg))
     when = str(entry.pop("at", ""))[11:23]
     level, text = str(entry.pop("level", "")), str(entry.pop("event", ""))
     trouble = entry.pop("exception", None)

@@ -101,7 +101,8 @@ def encode(message: Message) -> bytes:
 
 
 def decode(frame: bytes) -> Message:
-    return _decoder.decode(frame)
+    message: Message = _decoder.decode(frame)
+    return message
 
 
 def is_news(event: Event) -> bool:

@@ -137,7 +137,8 @@ class PaperRemoteVenue(Venue):
     # Requests --------------------------------------------------------------------------------------
 
     async def submit(self, order: Order) -> str:
-        return await self._request("submit", order, str)
+        venue_order_id: str = await self._request("submit", order, str)
+        return venue_order_id
 
     async def cancel(self, order: Order) -> None:
         await self._request("cancel", order, type(None))
@@ -155,10 +156,14 @@ class PaperRemoteVenue(Venue):
         return await self._ask_all("fills", (since_ns,), Fill)
 
     async def balances(self) -> dict[str, Decimal]:
-        return await self._ask("balances", None, dict[str, Decimal])
+        found: dict[str, Decimal] = await self._ask(
+            "balances", None, dict[str, Decimal]
+        )
+        return found
 
     async def venue_time_ns(self) -> int:
-        return await self._ask("venue_time", None, int)
+        now_ns: int = await self._ask("venue_time", None, int)
+        return now_ns
 
     async def shut_down(self) -> None:
         """End the venue's process; its statement is kept.
@@ -272,6 +277,10 @@ class PaperRemoteVenue(Venue):
                 why = "the other side hung up"
             except (OSError, EOFError, ValueError, msgspec.MsgspecError) as error:
                 why = str(error) or type(error).__name__
+            except NightdeskError as error:  # it could not be started
+                if first:
+                    raise
+                why = str(error)
             first = first and not self._connected.is_set()
             self._hang_up(why)
             await self._clock.sleep(pause_s * (0.5 + self._random.random()))
@@ -332,17 +341,12 @@ class PaperRemoteVenue(Venue):
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(ConnectionResetError(why))
-        if self._connected.is_set():
-            self._connected.clear()
+        was_connected = self._connected.is_set()
+        self._connected.clear()
+        if was_connected and self._line:
             _log.warning("%s: connection lost: %s", self.name, why)
-            if self._line:
-                self._emit(
-                    FeedStalled(
-                        source=self.name,
-                        silent_s=0.0,
-                        ts_received_ns=self._clock.now_ns(),
-                    )
-                )
+            now = self._clock.now_ns()
+            self._emit(FeedStalled(source=self.name, silent_s=0.0, ts_received_ns=now))
 
 
 def _instrument(venue: str, instrument: Instrument | Mapping[str, Any]) -> Instrument:

@@ -26,7 +26,7 @@ from nightdesk.compat.execution import (
 class WatchContext(TaskContext):
     """What must survive a restart."""
 
-    symbol: str
+    symbol: Symbol
     exchange_name: ExchangeEnum
     target_price: Decimal
     quantity: Decimal
@@ -79,7 +79,7 @@ class WatchAndBuy(BaseTradingTask[WatchContext, WatchState]):
             quote = self._exchange.quote(self.context.symbol)
             order = await self.desk.submit(
                 OrderRequest(
-                    symbol=self.context.symbol,
+                    symbol=str(self.context.symbol),
                     venue=str(self.context.exchange_name),
                     side=Side.BUY,
                     quantity=self.context.quantity,

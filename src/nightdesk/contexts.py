@@ -41,7 +41,7 @@ class Checkpoints:
         self._clock = clock
         self._save = save
         self._flush_s = flush_s
-        self._changed: dict[str, Put] = {}
+        self._changed: dict[tuple[str, str], Put] = {}
         self._last: dict[str, bytes] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._writes: set[asyncio.Future[None]] = set()
@@ -67,7 +67,7 @@ class Checkpoints:
 
     def put(self, record: Put) -> None:
         """Remember an encoded record; it is durable soon, or at the next switch."""
-        self._changed[record.key] = record
+        self._changed[record.kind, record.key] = record
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(
                 self._flush_s, self._flush
@@ -76,9 +76,9 @@ class Checkpoints:
     def forget(self, task_id: str) -> None:
         """Drop what is remembered of a removed task."""
         self._last.pop(task_id, None)
-        self._changed.pop(task_id, None)
+        self._changed.pop(("context", task_id), None)
 
-    def swap(self) -> Batch:
+    def swap(self) -> list[Put]:
         """Return every changed record and start anew: the switch's snapshot."""
         changed, self._changed = self._changed, {}
         return list(changed.values())
@@ -106,7 +106,7 @@ class Checkpoints:
         try:
             write = asyncio.ensure_future(self._save(batch))
         except NightdeskError:
-            self._changed = {put.key: put for put in batch} | self._changed  # type: ignore[misc, union-attr]
+            self._changed = {(put.kind, put.key): put for put in batch} | self._changed
             return
         self._writes.add(write)
         write.add_done_callback(self._written)

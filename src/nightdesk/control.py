@@ -32,7 +32,7 @@ from nightdesk.errors import (
 )
 from nightdesk.kernel.loop import Lane, lane
 
-__all__ = ["ControlClient", "ControlServer", "RemoteError", "halt", "socket_path"]
+__all__ = ["FLAG_NAME", "ControlClient", "ControlServer", "RemoteError", "halt", "socket_path"]
 
 Handler = Callable[[str, dict[str, Any], str, str], Awaitable[Any]]
 
@@ -127,6 +127,7 @@ class ControlServer:
         self._inode: tuple[int, int] | None = None
         self._clients: set[asyncio.StreamWriter] = set()
         self._commands: set[asyncio.Task[Any]] = set()
+        self._conversations: set[asyncio.Task[Any]] = set()
         self._served = self._refused = self._dropped = 0
 
     async def start(self) -> None:
@@ -173,6 +174,8 @@ class ControlServer:
             await asyncio.wait(self._commands, timeout=1.0)
         for writer in list(self._clients):
             writer.transport.abort()
+        if self._conversations:
+            await asyncio.wait(self._conversations, timeout=1.0)
         with contextlib.suppress(OSError):
             found = self.path.stat()
             if (found.st_dev, found.st_ino) == self._inode:
@@ -190,6 +193,10 @@ class ControlServer:
     # --- one client -------------------------------------------------------------------------------------
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        conversation = asyncio.current_task()
+        assert conversation is not None
+        self._conversations.add(conversation)
+        conversation.add_done_callback(self._conversations.discard)
         refusal = self._refusal(writer)
         if refusal:
             self._refused += 1
@@ -201,8 +208,8 @@ class ControlServer:
         try:
             while await self._answer_one(reader, writer):
                 pass
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the client left, or the desk stops; nobody waits for this conversation
         except TimeoutError:
             self._dropped += 1
             writer.transport.abort()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 
 from nightdesk import operations, wiring
 from nightdesk.abc import (
@@ -87,6 +88,7 @@ class TradingDesk(Observer):
         self.alerts: deque[dict[str, Any]] = deque(maxlen=_RECENT)
         self.offenders: dict[tuple[str, str], dict[str, Any]] = {}
         self.ready = False
+        self.has_acted = False
         self.started_ns = 0
         self.exit_code = 0
         self.left_behind: list[str] = []
@@ -320,6 +322,14 @@ class TradingDesk(Observer):
         self.alert(
             "critical", "store", f"state cannot be written, trading halted: {text}"
         )
+
+    def note_first_action(self, task_id: str) -> None:
+        """Log how long it took from the process's start until a task could act: the cost of a crash."""
+        self.has_acted = True
+        if self.config.virtual_time:
+            return
+        since_s = self.clock.now_ns() / 1e9 - psutil.Process().create_time()
+        self.log.info("first action", task=task_id, since_process_start_s=round(since_s, 3))
 
     def _on_stall(self, owner: str, lag_s: float, stack: str) -> None:
         """From the watchdog's thread: a task holds the loop (R-24)."""

@@ -224,6 +224,8 @@ class Roster:
             local.handling
         ):  # the opportunity handler is at work; the task's own step waits for its end
             return 0.05
+        if not self._desk.has_acted:
+            self._desk.note_first_action(local.id)
         task = local.task
         state = task.context.state
         result = await task.step()

@@ -21,12 +21,20 @@ def simulated(directory: Path) -> Source:
 
 def replay(directory: Path) -> Source:
     path = directory / "trades.csv"
-    path.write_text("".join(f"{1_315_922_016 + number},5.{number % 9 + 1},1.0\n" for number in range(500)))
+    path.write_text(
+        "".join(
+            f"{1_315_922_016 + number},5.{number % 9 + 1},1.0\n"
+            for number in range(500)
+        )
+    )
     return ReplaySource("replay", files=[path], venue="a")
 
 
 MAKERS: dict[str, Callable[[Path], Source]] = {"simulated": simulated, "replay": replay}
-NAMES = sorted(path.stem for path in Path(inspect.getfile(nightdesk.sources)).parent.glob("[!_]*.py"))
+NAMES = sorted(
+    path.stem
+    for path in Path(inspect.getfile(nightdesk.sources)).parent.glob("[!_]*.py")
+)
 KNOWN = [name for name in NAMES if name in MAKERS]
 
 
@@ -39,7 +47,9 @@ async def run(source: Source, seconds: float = 5.0) -> list[Event]:
 
 
 @pytest.mark.parametrize("name", KNOWN)
-async def test_start_returns_before_anything_is_waited_for(name: str, tmp_path: Path) -> None:
+async def test_start_returns_before_anything_is_waited_for(
+    name: str, tmp_path: Path
+) -> None:
     clock = ManualClock()
     source = MAKERS[name](tmp_path)
 
@@ -55,18 +65,24 @@ async def test_it_emits_events_with_the_desks_times(name: str, tmp_path: Path) -
 
     begin = ManualClock().now_ns()
     assert len(events) >= 5
-    assert all(begin <= event.ts_received_ns <= begin + 5_000_000_000 for event in events)
+    assert all(
+        begin <= event.ts_received_ns <= begin + 5_000_000_000 for event in events
+    )
     received = [event.ts_received_ns for event in events]
     assert received == sorted(received)
 
 
 @pytest.mark.parametrize("name", KNOWN)
-async def test_the_same_seed_and_clock_give_the_same_events(name: str, tmp_path: Path) -> None:
+async def test_the_same_seed_and_clock_give_the_same_events(
+    name: str, tmp_path: Path
+) -> None:
     assert await run(MAKERS[name](tmp_path)) == await run(MAKERS[name](tmp_path))
 
 
 @pytest.mark.parametrize("name", KNOWN)
-async def test_after_stop_nothing_follows_and_a_second_stop_is_harmless(name: str, tmp_path: Path) -> None:
+async def test_after_stop_nothing_follows_and_a_second_stop_is_harmless(
+    name: str, tmp_path: Path
+) -> None:
     clock, events = ManualClock(), []  # type: ManualClock, list[Event]
     source = MAKERS[name](tmp_path)
     await source.start(events.append, clock, random.Random(1))

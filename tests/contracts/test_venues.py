@@ -34,7 +34,9 @@ def home() -> Iterator[Path]:
 
 
 @asynccontextmanager
-async def open_venue(kind: str, home: Path, events: list[Event]) -> AsyncIterator[tuple[Venue, Market]]:
+async def open_venue(
+    kind: str, home: Path, events: list[Event]
+) -> AsyncIterator[tuple[Venue, Market]]:
     """Open a venue of `kind` with 100.0 / 100.2 shown, and the way to show it more."""
     clock = SystemClock()
     paper = PaperVenue(
@@ -50,7 +52,9 @@ async def open_venue(kind: str, home: Path, events: list[Event]) -> AsyncIterato
     else:
         server = PaperServer(paper, [], home / "x.sock", clock, random.Random, 0)
         await server.start()
-        venue = PaperRemoteVenue("A", instruments=[instrument()], socket=home / "x.sock")
+        venue = PaperRemoteVenue(
+            "A", instruments=[instrument()], socket=home / "x.sock"
+        )
         closers = [venue.stop, server.stop]
     await venue.start(events.append, clock, random.Random(1))
     paper.on_market(quote("100.0", "100.2"))
@@ -68,7 +72,9 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_fill_is_reported_once_and_agrees_with_every_answer(kind: str, home: Path) -> None:
+async def test_a_fill_is_reported_once_and_agrees_with_every_answer(
+    kind: str, home: Path
+) -> None:
     events: list[Event] = []
     async with open_venue(kind, home, events) as (venue, _):
         order_id = await venue.submit(order("a", BUY, "0.5"))
@@ -85,7 +91,9 @@ async def test_a_fill_is_reported_once_and_agrees_with_every_answer(kind: str, h
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_an_open_order_is_listed_until_its_end_is_told(kind: str, home: Path) -> None:
+async def test_an_open_order_is_listed_until_its_end_is_told(
+    kind: str, home: Path
+) -> None:
     events: list[Event] = []
     async with open_venue(kind, home, events) as (venue, _):
         asked = order("a", SELL, "0.5", "100.3")
@@ -97,13 +105,17 @@ async def test_an_open_order_is_listed_until_its_end_is_told(kind: str, home: Pa
 
         assert listed == ["a"]
         assert await venue.open_orders() == []
-        assert [(type(event), event.filled_quantity) for event in events if isinstance(event, OrderCanceled)] == [
-            (OrderCanceled, D(0))
-        ]
+        assert [
+            (type(event), event.filled_quantity)
+            for event in events
+            if isinstance(event, OrderCanceled)
+        ] == [(OrderCanceled, D(0))]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_refusal_is_an_exception_with_a_code_and_no_event(kind: str, home: Path) -> None:
+async def test_a_refusal_is_an_exception_with_a_code_and_no_event(
+    kind: str, home: Path
+) -> None:
     events: list[Event] = []
     async with open_venue(kind, home, events) as (venue, _):
         for wrong, code in (
@@ -136,14 +148,24 @@ async def test_everything_is_still_known_after_a_restart(kind: str, home: Path) 
     async with open_venue(kind, home, []) as (venue, _):
         await venue.submit(order("done", BUY, "0.5"))
         await venue.submit(order("open", BUY, "1", "99.0"))
-        before = (await venue.open_orders(), await venue.fills(0), await venue.balances())
+        before = (
+            await venue.open_orders(),
+            await venue.fills(0),
+            await venue.balances(),
+        )
 
     async with open_venue(kind, home, []) as (venue, _):
-        assert (await venue.open_orders(), await venue.fills(0), await venue.balances()) == before
+        assert (
+            await venue.open_orders(),
+            await venue.fills(0),
+            await venue.balances(),
+        ) == before
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_it_lists_its_instruments_and_tells_the_time(kind: str, home: Path) -> None:
+async def test_it_lists_its_instruments_and_tells_the_time(
+    kind: str, home: Path
+) -> None:
     async with open_venue(kind, home, []) as (venue, _):
         assert venue.instruments()[SYMBOL].key == f"{SYMBOL}@A"
         assert abs(await venue.venue_time_ns() - SystemClock().now_ns()) < 5_000_000_000

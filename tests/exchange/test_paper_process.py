@@ -25,7 +25,11 @@ from nightdesk.errors import (
     UnknownTypeError,
     VenueRejectedError,
 )
-from nightdesk.exchange import build_paper_venue, ensure_paper_process, stop_paper_process
+from nightdesk.exchange import (
+    build_paper_venue,
+    ensure_paper_process,
+    stop_paper_process,
+)
 from nightdesk.exchange.building import socket_path
 from nightdesk.exchange.options import build_feed
 from nightdesk.exchange.paper_process import main
@@ -40,7 +44,13 @@ from nightdesk.venues.paper import PaperVenue, read_rows, summarise
 from nightdesk.venues.paper_remote import PaperRemoteVenue
 
 BUY, SELL = Side.BUY, Side.SELL
-FACTS = {"symbol": SYMBOL, "tick_size": "0.1", "lot_size": "0.001", "min_quantity": "0.001", "min_notional": 5}
+FACTS = {
+    "symbol": SYMBOL,
+    "tick_size": "0.1",
+    "lot_size": "0.001",
+    "min_quantity": "0.001",
+    "min_notional": 5,
+}
 
 
 @pytest.fixture
@@ -70,14 +80,20 @@ class House:
         self.home = home
         self.venue_options = venue_options
         self.events: list[Event] = []
-        self.remote = PaperRemoteVenue("A", instruments=[instrument()], socket=self.socket, timeout_s=2.0)
+        self.remote = PaperRemoteVenue(
+            "A", instruments=[instrument()], socket=self.socket, timeout_s=2.0
+        )
 
     async def open(self) -> None:
         self.feed = HandFeed()
         matching = MatchingEngine("A", [instrument()])
         options = {"balances": RICH, "directory": self.home, **self.venue_options}
-        self.venue = PaperVenue("A", instruments=[instrument()], matching=matching, **options)
-        self.server = PaperServer(self.venue, [self.feed], self.socket, SystemClock(), random.Random, 0)
+        self.venue = PaperVenue(
+            "A", instruments=[instrument()], matching=matching, **options
+        )
+        self.server = PaperServer(
+            self.venue, [self.feed], self.socket, SystemClock(), random.Random, 0
+        )
         await self.server.start()
         self.feed.emit(quote("100.0", "100.2"))
 
@@ -87,7 +103,11 @@ class House:
                 await asyncio.sleep(0.005)
 
     def fills(self) -> list[str]:
-        return [event.client_order_id for event in self.events if isinstance(event, OrderFilled)]
+        return [
+            event.client_order_id
+            for event in self.events
+            if isinstance(event, OrderFilled)
+        ]
 
 
 @asynccontextmanager
@@ -112,7 +132,10 @@ async def test_orders_and_market_travel_both_ways(home: Path) -> None:
         await house.until(lambda: len(house.events) >= 4)
 
         assert house.fills() == ["a"]
-        assert any(isinstance(event, QuoteChanged) and event.bid == D("100.1") for event in house.events)
+        assert any(
+            isinstance(event, QuoteChanged) and event.bid == D("100.1")
+            for event in house.events
+        )
         found = await house.remote.find_order(SYMBOL, "a")
         assert found is not None
         assert found.filled_quantity == D("0.5")
@@ -123,7 +146,9 @@ async def test_orders_and_market_travel_both_ways(home: Path) -> None:
         assert abs(await house.remote.venue_time_ns() - SystemClock().now_ns()) < 5e9
 
 
-async def test_a_refusal_keeps_its_code_and_an_unknown_outcome_stays_unknown(home: Path) -> None:
+async def test_a_refusal_keeps_its_code_and_an_unknown_outcome_stays_unknown(
+    home: Path,
+) -> None:
     async with house_in(home) as house:
         with pytest.raises(VenueRejectedError) as refused:
             await house.remote.submit(order("a", BUY, "1", "100.05"))
@@ -135,8 +160,12 @@ async def test_a_refusal_keeps_its_code_and_an_unknown_outcome_stays_unknown(hom
             await house.remote.balances()
 
 
-async def test_without_a_connection_nothing_was_sent_and_that_is_proof(home: Path) -> None:
-    remote = PaperRemoteVenue("A", instruments=[FACTS], socket=home / "nobody.sock", connect_timeout_s=0.05)
+async def test_without_a_connection_nothing_was_sent_and_that_is_proof(
+    home: Path,
+) -> None:
+    remote = PaperRemoteVenue(
+        "A", instruments=[FACTS], socket=home / "nobody.sock", connect_timeout_s=0.05
+    )
     await remote.start(lambda _: None, SystemClock(), random.Random(1))
 
     with pytest.raises(VenueRejectedError) as refused:
@@ -149,7 +178,9 @@ async def test_without_a_connection_nothing_was_sent_and_that_is_proof(home: Pat
     assert remote.stats()["connected"] is False
 
 
-async def test_a_line_that_breaks_after_the_bytes_left_leaves_the_outcome_unknown(home: Path) -> None:
+async def test_a_line_that_breaks_after_the_bytes_left_leaves_the_outcome_unknown(
+    home: Path,
+) -> None:
     async with house_in(home, latency_ms=(200, 200)) as house:
         sending = asyncio.create_task(house.remote.submit(order("a", BUY, "1")))
         asking = asyncio.create_task(house.remote.balances())
@@ -171,7 +202,9 @@ async def test_no_reply_in_time_leaves_the_outcome_unknown(home: Path) -> None:
             await house.remote.submit(order("a", BUY, "1"))
 
 
-async def test_after_a_restart_of_the_venue_the_desk_hears_what_it_missed(home: Path) -> None:
+async def test_after_a_restart_of_the_venue_the_desk_hears_what_it_missed(
+    home: Path,
+) -> None:
     async with house_in(home) as house:
         await house.remote.submit(order("resting", BUY, "1", "99.0"))
         feed = house.feed
@@ -184,15 +217,23 @@ async def test_after_a_restart_of_the_venue_the_desk_hears_what_it_missed(home: 
 
         await house.open()
         house.feed.emit(quote("98.0", "98.1"))
-        await house.until(lambda: house.remote.is_connected and "resting" in house.fills())
+        await house.until(
+            lambda: house.remote.is_connected and "resting" in house.fills()
+        )
 
         assert house.remote.stats()["reconnects"] >= 1
         assert await house.remote.submit(order("next", BUY, "0.1")) == "2"
 
 
-async def test_a_client_that_speaks_nonsense_is_disconnected_and_the_others_go_on(home: Path) -> None:
+async def test_a_client_that_speaks_nonsense_is_disconnected_and_the_others_go_on(
+    home: Path,
+) -> None:
     async with house_in(home) as house:
-        for nonsense in (b"\x00\x00\x00\x02hi", b"\xff\xff\xff\xff", _wire.encode(_wire.Push(events=[]))):
+        for nonsense in (
+            b"\x00\x00\x00\x02hi",
+            b"\xff\xff\xff\xff",
+            _wire.encode(_wire.Push(events=[])),
+        ):
             reader, writer = await asyncio.open_unix_connection(str(house.socket))
             writer.write(nonsense)
             while await reader.read(65536):
@@ -208,7 +249,9 @@ async def test_a_client_that_speaks_nonsense_is_disconnected_and_the_others_go_o
         assert await house.remote.submit(order("a", BUY, "0.5")) == "1"
 
 
-async def test_a_slow_client_gets_the_newest_quote_and_every_order_event(home: Path) -> None:
+async def test_a_slow_client_gets_the_newest_quote_and_every_order_event(
+    home: Path,
+) -> None:
     async with house_in(home) as house:
         reader, writer = await asyncio.open_unix_connection(str(house.socket))
         await house.until(lambda: len(house.server._clients) == 2)
@@ -220,7 +263,9 @@ async def test_a_slow_client_gets_the_newest_quote_and_every_order_event(home: P
         seen: list[Any] = []
         lost = 0
         async with asyncio.timeout(5):
-            while not any(isinstance(e, QuoteChanged) and e.bid_quantity == 12_000 for e in seen):
+            while not any(
+                isinstance(e, QuoteChanged) and e.bid_quantity == 12_000 for e in seen
+            ):
                 push = _wire.decode(await _wire.read_frame(reader))
                 assert isinstance(push, _wire.Push)
                 seen += push.events
@@ -232,7 +277,9 @@ async def test_a_slow_client_gets_the_newest_quote_and_every_order_event(home: P
         assert sum(isinstance(e, QuoteChanged) for e in seen) < 100
 
 
-async def test_long_answers_come_page_by_page(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_long_answers_come_page_by_page(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("nightdesk.venues.paper_remote.PAGE", 2)
     monkeypatch.setattr("nightdesk.exchange.server.PAGE", 2)
     async with house_in(home) as house:
@@ -241,10 +288,14 @@ async def test_long_answers_come_page_by_page(home: Path, monkeypatch: pytest.Mo
 
         found = await house.remote.open_orders()
 
-        assert [each.client_order_id for each in found] == [f"o{number}" for number in range(5)]
+        assert [each.client_order_id for each in found] == [
+            f"o{number}" for number in range(5)
+        ]
 
 
-async def test_too_many_clients_are_turned_away(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_too_many_clients_are_turned_away(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("nightdesk.exchange.server._MAX_CLIENTS", 1)
     async with house_in(home) as house:
         reader, writer = await asyncio.open_unix_connection(str(house.socket))
@@ -306,21 +357,34 @@ async def test_a_venue_in_the_desk_is_built_from_its_options(home: Path) -> None
         ({"instruments": [FACTS], "faults": {"lost": 1}}, "lost"),
     ],
 )
-async def test_a_wrong_option_is_named(home: Path, options: dict[str, Any], words: str) -> None:
+async def test_a_wrong_option_is_named(
+    home: Path, options: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
-        await build_paper_venue(VenueConfig(name="A", type="paper", options=options), config(home), home)
+        await build_paper_venue(
+            VenueConfig(name="A", type="paper", options=options), config(home), home
+        )
 
 
-async def test_a_process_of_its_own_needs_a_state_directory_and_real_time(home: Path) -> None:
-    entry = VenueConfig(name="A", type="paper", options={"instruments": [FACTS], "process": "own"})
+async def test_a_process_of_its_own_needs_a_state_directory_and_real_time(
+    home: Path,
+) -> None:
+    entry = VenueConfig(
+        name="A", type="paper", options={"instruments": [FACTS], "process": "own"}
+    )
 
-    for wrong, directory in ((config(home, virtual_time=True), home), (config(home), None)):
+    for wrong, directory in (
+        (config(home, virtual_time=True), home),
+        (config(home), None),
+    ):
         with pytest.raises(ConfigError, match="process: own"):
             await build_paper_venue(entry, wrong, directory)
 
 
 def test_feeds_are_simulated_markets_or_recordings() -> None:
-    feed = build_feed("A", {"type": "simulated", "interval_ms": 20, "options": {"seed": 4}}, 0)
+    feed = build_feed(
+        "A", {"type": "simulated", "interval_ms": 20, "options": {"seed": 4}}, 0
+    )
 
     assert isinstance(feed, SimulatedSource)
     with pytest.raises(UnknownTypeError):
@@ -329,14 +393,18 @@ def test_feeds_are_simulated_markets_or_recordings() -> None:
         build_feed("A", {"type": "simulated", "intervall": 1}, 0)
 
 
-def test_a_socket_path_that_is_too_long_moves_to_the_temporary_directory(tmp_path: Path) -> None:
+def test_a_socket_path_that_is_too_long_moves_to_the_temporary_directory(
+    tmp_path: Path,
+) -> None:
     deep = tmp_path / ("d" * 120)
 
     assert len(os.fsencode(socket_path(deep))) < 108
     assert socket_path(deep) == socket_path(deep)
 
 
-def test_a_process_with_an_unreadable_configuration_says_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_process_with_an_unreadable_configuration_says_so(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (home / "c.json").write_text("{")
 
     assert main(["--config", str(home / "c.json"), "--socket", str(home / "s")]) == 2
@@ -344,7 +412,9 @@ def test_a_process_with_an_unreadable_configuration_says_so(home: Path, capsys: 
 
 
 @pytest.mark.process
-async def test_the_process_outlives_a_killed_desk_and_its_own_death_loses_nothing(home: Path) -> None:
+async def test_the_process_outlives_a_killed_desk_and_its_own_death_loses_nothing(
+    home: Path,
+) -> None:
     entry = VenueConfig(
         name="A",
         type="paper",
@@ -356,7 +426,9 @@ async def test_the_process_outlives_a_killed_desk_and_its_own_death_loses_nothin
                 {
                     "type": "simulated",
                     "interval_ms": 20,
-                    "markets": {SYMBOL: {"price": "100", "tick_size": "0.1", "quantity": "2"}},
+                    "markets": {
+                        SYMBOL: {"price": "100", "tick_size": "0.1", "quantity": "2"}
+                    },
                 }
             ],
         },
@@ -372,7 +444,17 @@ async def test_the_process_outlives_a_killed_desk_and_its_own_death_loses_nothin
         await first.submit(order("a", BUY, "0.1", "103.0"))
         pid = int((directory / "exchange.pid").read_text())
         assert os.getsid(pid) == pid
-        assert main(["--config", str(directory / "exchange.json"), "--socket", str(home / "other")]) == 4
+        assert (
+            main(
+                [
+                    "--config",
+                    str(directory / "exchange.json"),
+                    "--socket",
+                    str(home / "other"),
+                ]
+            )
+            == 4
+        )
         os.kill(pid, signal.SIGKILL)
         while first.is_connected:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -396,8 +478,14 @@ async def test_the_process_outlives_a_killed_desk_and_its_own_death_loses_nothin
 
 
 @pytest.mark.process
-async def test_a_process_that_cannot_start_is_reported_with_its_last_words(home: Path) -> None:
-    entry = VenueConfig(name="A", type="paper", options={"instruments": [FACTS], "feeds": [{"type": "moralis"}]})
+async def test_a_process_that_cannot_start_is_reported_with_its_last_words(
+    home: Path,
+) -> None:
+    entry = VenueConfig(
+        name="A",
+        type="paper",
+        options={"instruments": [FACTS], "feeds": [{"type": "moralis"}]},
+    )
 
     with pytest.raises(CommandError, match="moralis"):
         await ensure_paper_process(entry, home / "v")

@@ -63,6 +63,10 @@ class MemoryOfDisk(apsw.VFS):
     def xOpen(self, name: Any, flags: list[int]) -> "apsw.VFSFile":
         return _NotedFile(self, name, flags)
 
+    def xDelete(self, filename: str, syncdir: bool) -> None:
+        self.events.append(Event("delete", Path(filename).name))
+        super().xDelete(filename, syncdir)
+
 
 class _NotedFile(apsw.VFSFile):
     def __init__(self, disk: MemoryOfDisk, name: Any, flags: list[int]) -> None:
@@ -92,6 +96,10 @@ def crash_state(events: list[Event], chance: random.Random) -> dict[str, bytes]:
     files: dict[str, bytearray] = {}
     for file in sorted({event.file for event in events if event.file}):
         own = [event for event in events if event.file == file]
+        deleted = max((number for number, event in enumerate(own) if event.what == "delete"), default=-1)
+        own = own[deleted + 1 :]  # SQLite syncs the directory after it deletes a journal
+        if not own:
+            continue
         synced = max((number for number, event in enumerate(own) if event.what == "sync"), default=-1)
         content = files.setdefault(file, bytearray())
         for number, event in enumerate(own):

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, ClassVar
 
 from nightdesk.abc import Task
@@ -23,7 +22,6 @@ class CountContext(TaskContext, kw_only=True):
     limit: int = 1_000_000_000
     every_s: float = 0.02
     after_s: float = 0.0
-    marker: str = ""
     note: str = ""
     total: Decimal = Decimal(0)
 
@@ -131,17 +129,6 @@ class Swallower(_Harmful):
                 await asyncio.sleep(60)
             except asyncio.CancelledError:
                 continue
-
-
-class OnceSleeper(_Harmful):
-    """Blocks its loop once, the first time ever: a file says whether it has."""
-
-    async def harm(self) -> None:
-        marker = Path(self.context.marker)
-        if not marker.exists():
-            marker.write_text("x")
-            time.sleep(5)  # noqa: ASYNC251
-        self.wait(0.02)
 
 
 class Buyer(Ticker):

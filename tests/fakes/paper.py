@@ -36,7 +36,13 @@ def instrument(venue: str = "A", **changes: Any) -> Instrument:
     return Instrument(**{**facts, **changes})
 
 
-def quote(bid: str, ask: str, bid_quantity: str = "1", ask_quantity: str = "1", venue: str = "A") -> QuoteChanged:
+def quote(
+    bid: str,
+    ask: str,
+    bid_quantity: str = "1",
+    ask_quantity: str = "1",
+    venue: str = "A",
+) -> QuoteChanged:
     return QuoteChanged(
         symbol=SYMBOL,
         venue=venue,
@@ -47,9 +53,16 @@ def quote(bid: str, ask: str, bid_quantity: str = "1", ask_quantity: str = "1", 
     )
 
 
-def trade(side: Side, quantity: str, price: str, trade_id: str = "", venue: str = "A") -> TradePrinted:
+def trade(
+    side: Side, quantity: str, price: str, trade_id: str = "", venue: str = "A"
+) -> TradePrinted:
     return TradePrinted(
-        symbol=SYMBOL, venue=venue, price=D(price), quantity=D(quantity), side=side, trade_id=trade_id
+        symbol=SYMBOL,
+        venue=venue,
+        price=D(price),
+        quantity=D(quantity),
+        side=side,
+        trade_id=trade_id,
     )
 
 
@@ -72,7 +85,12 @@ def book(
 
 
 def order(
-    client_order_id: str, side: Side, quantity: str, price: str | None = None, venue: str = "A", **more: Any
+    client_order_id: str,
+    side: Side,
+    quantity: str,
+    price: str | None = None,
+    venue: str = "A",
+    **more: Any,
 ) -> Order:
     kind = more.pop("type", OrderType.LIMIT if price is not None else OrderType.MARKET)
     request = OrderRequest(
@@ -98,7 +116,11 @@ def engine(**options: Any) -> MatchingEngine:
 
 def fills_of(rows: Iterable[StatementRow]) -> list[tuple[str, Decimal, Decimal]]:
     """Return `(client order id, quantity, price)` of the fills among `rows`."""
-    return [(r.fill.client_order_id, r.fill.quantity, r.fill.price) for r in rows if isinstance(r, Traded)]
+    return [
+        (r.fill.client_order_id, r.fill.quantity, r.fill.price)
+        for r in rows
+        if isinstance(r, Traded)
+    ]
 
 
 class ManualClock:
@@ -146,12 +168,20 @@ async def settle() -> None:
 class PaperHouse:
     """A paper venue with its clock, and everything it emitted."""
 
-    def __init__(self, directory: Path | None = None, *, clock: ManualClock | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        directory: Path | None = None,
+        *,
+        clock: ManualClock | None = None,
+        **options: Any,
+    ) -> None:
         self.clock = clock or ManualClock()
         self.events: list[Event] = []
         self._has_market = options.pop("has_market", True)
         venue_options = {
-            key: options.pop(key) for key in ("latency_ms", "faults", "seed", "expiry_s", "balances") if key in options
+            key: options.pop(key)
+            for key in ("latency_ms", "faults", "seed", "expiry_s", "balances")
+            if key in options
         }
         instruments = [instrument(**options.pop("instrument", {}))]
         self.matching = MatchingEngine("A", instruments, **options)

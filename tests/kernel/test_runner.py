@@ -250,20 +250,24 @@ def test_a_cycle_that_swallows_its_timeout_is_still_a_failure(world: World) -> N
     assert "timeout" in world.scheduler.health("a").last_error
 
 
-async def deaf() -> None:
-    """Never ends, whatever is asked of it."""
-    while True:
-        try:
-            await asyncio.sleep(1000)
-        except asyncio.CancelledError:
-            continue
+class Deaf:
+    """Goes on whatever is asked of it, until `ends`."""
+
+    ends = False
+
+    async def __call__(self) -> None:
+        while not self.ends:
+            try:
+                await asyncio.sleep(100)
+            except asyncio.CancelledError:
+                continue
 
 
 def test_a_cycle_that_ignores_cancellation_is_named_and_quarantined(
     make: Make,
 ) -> None:
     """Its slot comes back; its keys do not, because it may still act on them."""
-    world = make(max_concurrent=1)
+    world, deaf = make(max_concurrent=1), Deaf()
     world.add("deaf", deaf, every_s=10.0, timeout_s=1.0, keys=("x",))
     world.add("other", every_s=1.0)
     world.add("same-key", schedule=ON_CALL, keys=("x",))
@@ -280,6 +284,8 @@ def test_a_cycle_that_ignores_cancellation_is_named_and_quarantined(
         world.scheduler.resume("deaf")
 
     assert world.do(world.scheduler.stop(2.0)) == ["deaf"]
+    deaf.ends = True
+    world.play(200)
 
 
 def test_a_deaf_cycle_that_ends_after_all_gives_everything_back(make: Make) -> None:
@@ -344,14 +350,30 @@ def test_nothing_runs_after_stop(world: World) -> None:
     assert world.count("a") == 3
 
 
+def test_what_was_stopped_may_be_started_again(world: World) -> None:
+    world.add("a", lambda: asyncio.sleep(0.1), every_s=1.0)
+    world.add("waits", every_s=1.0, after=("a",))
+    world.play(2.5)
+    world.do(world.scheduler.stop(1.0))
+    world.play(5)
+
+    world.do(world.scheduler.start())
+    world.play(2.5)
+
+    assert world.count("a") == world.count("waits") == 6
+
+
 def test_remove_names_a_cycle_that_will_not_end(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
+    deaf = Deaf()
     world.add("deaf", deaf, schedule=Schedule(once=True))
     world.play(1)
 
     assert not world.do(world.scheduler.remove("deaf", timeout_s=1.0))
     assert "deaf" in caplog.text
+    deaf.ends = True
+    world.play(200)
 
 
 def test_a_task_may_stop_or_remove_itself(world: World) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -106,14 +107,23 @@ def test_a_stall_of_the_loop_causes_no_burst(world: World) -> None:
 
 
 def test_equal_intervals_are_spread_over_the_interval(world: World) -> None:
-    for number in range(3000):
-        world.add(f"t{number}", every_s=1.0)
+    for number in range(3200):
+        world.add(f"t{number}", every_s=0.1)
 
-    world.play(0.9995)
+    world.play(0.0995)
 
-    instants = {round(seconds, 3) for _, seconds in world.runs}
-    assert len(world.runs) == 3000
-    assert len(instants) >= 990
+    together = Counter(round(seconds, 3) for _, seconds in world.runs)
+    assert len(world.runs) == 3200
+    assert set(together.values()) == {32}
+
+
+def test_a_few_tasks_start_together(world: World) -> None:
+    for number in range(16):
+        world.add(f"t{number}", every_s=60.0)
+
+    world.play(0.001)
+
+    assert len(world.runs) == 16
 
 
 def test_jitter_delays_each_run_but_not_the_grid(world: World) -> None:

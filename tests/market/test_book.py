@@ -53,7 +53,11 @@ def test_a_feed_without_sequences_is_taken_as_it_comes() -> None:
 def test_the_worst_levels_leave_a_full_book() -> None:
     kept = Book(depth=2)
     kept.apply(
-        book([("97", "1"), ("98", "1"), ("99", "1")], [("101", "1"), ("102", "1"), ("103", "1")], snapshot=True)
+        book(
+            [("97", "1"), ("98", "1"), ("99", "1")],
+            [("101", "1"), ("102", "1"), ("103", "1")],
+            snapshot=True,
+        )
     )
 
     assert [p for p, _ in kept.levels(Side.BUY)] == [D(99), D(98)]
@@ -61,12 +65,17 @@ def test_the_worst_levels_leave_a_full_book() -> None:
 
 
 def deltas(count: int) -> list[BookChanged]:
-    return [book([(str(90 + n % 7), str(n % 5))], [(str(110 + n % 6), str(n % 4))], n, n) for n in range(1, count + 1)]
+    return [
+        book([(str(90 + n % 7), str(n % 5))], [(str(110 + n % 6), str(n % 4))], n, n)
+        for n in range(1, count + 1)
+    ]
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(0, 30))
-def test_a_mangled_stream_gives_the_clean_book_or_says_that_it_has_a_gap(random: object, snapshot_at: int) -> None:
+def test_a_mangled_stream_gives_the_clean_book_or_says_that_it_has_a_gap(
+    random: object, snapshot_at: int
+) -> None:
     """Duplicates and late repeats change nothing; loss is seen, and a snapshot repairs it (F13)."""
     clean, mangled = Book(), Book()
     start = book([("95", "9")], [("105", "9")], 0, 0, True)
@@ -91,7 +100,9 @@ def test_a_mangled_stream_gives_the_clean_book_or_says_that_it_has_a_gap(random:
         mangled.apply(change)
 
     lost = {c.last_sequence for c in stream} - {c.last_sequence for c in received}
-    seen_loss = any(number < max((c.last_sequence for c in received), default=0) for number in lost)
+    seen_loss = any(
+        number < max((c.last_sequence for c in received), default=0) for number in lost
+    )
     assert (mangled.gaps > 0) is seen_loss
     mangled.apply(states[30])
     assert list(mangled.levels(Side.BUY)) == list(clean.levels(Side.BUY))

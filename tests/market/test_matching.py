@@ -21,7 +21,15 @@ from fakes.paper import (
 )
 from nightdesk.market.matching import MatchingEngine
 from nightdesk.model.order import Liquidity, OrderStatus, OrderType, Side, TimeInForce
-from nightdesk.model.statement import CancelRefused, Ended, Placed, Refused, StatementRow, Traded, Triggered
+from nightdesk.model.statement import (
+    CancelRefused,
+    Ended,
+    Placed,
+    Refused,
+    StatementRow,
+    Traded,
+    Triggered,
+)
 
 BUY, SELL = Side.BUY, Side.SELL
 
@@ -94,7 +102,9 @@ def test_a_level_that_is_hidden_for_a_moment_is_not_new() -> None:
     matching.on_quote(START, quote("100.0", "100.1"))
     matching.on_quote(START, quote("100.0", "100.2"))
 
-    rows = matching.submit(START, order("b", BUY, "1", "100.2", time_in_force=TimeInForce.IOC))
+    rows = matching.submit(
+        START, order("b", BUY, "1", "100.2", time_in_force=TimeInForce.IOC)
+    )
 
     assert fills_of(rows) == []
 
@@ -115,11 +125,24 @@ def test_the_rest_of_a_market_order_waits_for_the_next_quotes_and_then_ends() ->
 
 def test_market_order_walks_the_levels_of_the_book() -> None:
     matching = engine()
-    matching.on_book(START, book([("100.0", "1")], [("100.2", "9"), ("100.3", "2"), ("100.4", "5")], 1, 1, True))
+    matching.on_book(
+        START,
+        book(
+            [("100.0", "1")],
+            [("100.2", "9"), ("100.3", "2"), ("100.4", "5")],
+            1,
+            1,
+            True,
+        ),
+    )
 
     rows = matching.submit(START, order("a", BUY, "4"))
 
-    assert fills_of(rows) == [("a", D(1), D("100.2")), ("a", D(2), D("100.3")), ("a", D(1), D("100.4"))]
+    assert fills_of(rows) == [
+        ("a", D(1), D("100.2")),
+        ("a", D(2), D("100.3")),
+        ("a", D(1), D("100.4")),
+    ]
 
 
 def test_a_limit_for_more_than_is_shown_fills_what_is_shown_and_rests() -> None:
@@ -135,7 +158,9 @@ def test_a_limit_for_more_than_is_shown_fills_what_is_shown_and_rests() -> None:
 def test_ioc_takes_and_ends() -> None:
     matching = engine()
 
-    rows = matching.submit(START, order("a", BUY, "3", "100.2", time_in_force=TimeInForce.IOC))
+    rows = matching.submit(
+        START, order("a", BUY, "3", "100.2", time_in_force=TimeInForce.IOC)
+    )
 
     assert fills_of(rows) == [("a", D(1), D("100.2"))]
     assert ends(rows) == [("a", "IOC_REST")]
@@ -144,8 +169,12 @@ def test_ioc_takes_and_ends() -> None:
 def test_fok_fills_all_or_nothing() -> None:
     matching = engine()
 
-    too_much = matching.submit(START, order("a", BUY, "3", "100.2", time_in_force=TimeInForce.FOK))
-    enough = matching.submit(START, order("b", BUY, "1", "100.2", time_in_force=TimeInForce.FOK))
+    too_much = matching.submit(
+        START, order("a", BUY, "3", "100.2", time_in_force=TimeInForce.FOK)
+    )
+    enough = matching.submit(
+        START, order("b", BUY, "1", "100.2", time_in_force=TimeInForce.FOK)
+    )
 
     assert (fills_of(too_much), ends(too_much)) == ([], [("a", "FOK_NOT_FILLABLE")])
     assert fills_of(enough) == [("b", D(1), D("100.2"))]
@@ -159,7 +188,9 @@ def test_a_stale_market_fills_nothing() -> None:
     assert fills_of(matching.submit(late, order("b", BUY, "1", "100.5"))) == []
 
 
-def test_an_order_that_missed_a_stale_market_meets_the_fresh_one_at_its_price_not_at_its_own() -> None:
+def test_an_order_that_missed_a_stale_market_meets_the_fresh_one_at_its_price_not_at_its_own() -> (
+    None
+):
     matching = engine(stale_after_s=10)
     late = START + 11 * SECOND
     matching.submit(late, order("a", BUY, "1", "105.0"))
@@ -172,12 +203,16 @@ def test_an_order_that_missed_a_stale_market_meets_the_fresh_one_at_its_price_no
 def test_a_post_only_order_needs_a_market_that_proves_it_passive() -> None:
     matching = engine(stale_after_s=10)
 
-    rows = matching.submit(START + 11 * SECOND, order("p", BUY, "1", "99.0", post_only=True))
+    rows = matching.submit(
+        START + 11 * SECOND, order("p", BUY, "1", "99.0", post_only=True)
+    )
 
     assert codes(rows) == ["NO_MARKET"]
 
 
-def test_what_a_crossing_quote_could_not_fill_goes_on_at_the_market_not_outside_of_it() -> None:
+def test_what_a_crossing_quote_could_not_fill_goes_on_at_the_market_not_outside_of_it() -> (
+    None
+):
     matching = engine()
     matching.submit(START, order("a", BUY, "3", "100.0"))
     crossed = matching.on_quote(START, quote("98.0", "98.2"))
@@ -192,14 +227,18 @@ def test_an_order_restored_into_another_market_trades_inside_it() -> None:
     before = engine()
     rows = before.submit(START, order("a", BUY, "1", "100.0", post_only=True))
     after = MatchingEngine("A", [instrument()], check_funds=False)
-    after.restore([msgspec.structs.replace(row, sequence=n) for n, row in enumerate(rows, 1)])
+    after.restore(
+        [msgspec.structs.replace(row, sequence=n) for n, row in enumerate(rows, 1)]
+    )
 
     filled = after.on_quote(START, quote("95.0", "95.2"))
 
     assert fills_of(filled) == [("a", D(1), D("95.2"))]
 
 
-def test_an_order_that_missed_a_stale_market_meets_a_trade_at_the_trades_price() -> None:
+def test_an_order_that_missed_a_stale_market_meets_a_trade_at_the_trades_price() -> (
+    None
+):
     matching = engine(stale_after_s=10)
     late = START + 11 * SECOND
     matching.submit(late, order("a", BUY, "1", "105.0"))
@@ -217,8 +256,12 @@ def test_a_resting_order_waits_for_the_queue_before_it() -> None:
     matching.submit(START, order("a", BUY, "1", "100.0"))
 
     assert fills_of(matching.on_trade(START, trade(SELL, "0.6", "100.0", "1"))) == []
-    assert fills_of(matching.on_trade(START, trade(SELL, "0.6", "100.0", "2"))) == [("a", D("0.2"), D("100.0"))]
-    assert fills_of(matching.on_trade(START, trade(SELL, "5", "100.0", "3"))) == [("a", D("0.8"), D("100.0"))]
+    assert fills_of(matching.on_trade(START, trade(SELL, "0.6", "100.0", "2"))) == [
+        ("a", D("0.2"), D("100.0"))
+    ]
+    assert fills_of(matching.on_trade(START, trade(SELL, "5", "100.0", "3"))) == [
+        ("a", D("0.8"), D("100.0"))
+    ]
 
 
 def test_a_repeated_public_trade_counts_once() -> None:
@@ -249,7 +292,9 @@ def test_an_order_that_improves_the_market_is_first() -> None:
     assert fills_of(rows) == [("a", D("0.3"), D("100.1"))]
 
 
-def test_an_order_deeper_than_the_feed_shows_waits_for_the_whole_level_once_it_is_seen() -> None:
+def test_an_order_deeper_than_the_feed_shows_waits_for_the_whole_level_once_it_is_seen() -> (
+    None
+):
     matching = engine()
     matching.submit(START, order("a", BUY, "1", "99.9"))
 
@@ -263,7 +308,9 @@ def test_an_order_deeper_than_the_feed_shows_waits_for_the_whole_level_once_it_i
 
 def test_the_book_tells_the_queue_of_a_deeper_level() -> None:
     matching = engine()
-    matching.on_book(START, book([("100.0", "1"), ("99.9", "4")], [("100.2", "1")], 1, 1, True))
+    matching.on_book(
+        START, book([("100.0", "1"), ("99.9", "4")], [("100.2", "1")], 1, 1, True)
+    )
     matching.submit(START, order("a", BUY, "1", "99.9"))
     matching.on_book(START, book([("99.9", "0.5")], [], 2, 2))
 
@@ -295,7 +342,10 @@ def test_public_quantity_between_two_own_orders_trades_before_the_second() -> No
 
     rows = matching.on_trade(START, trade(SELL, "4.5", "100.0"))
 
-    assert fills_of(rows) == [("first", D(1), D("100.0")), ("second", D("0.5"), D("100.0"))]
+    assert fills_of(rows) == [
+        ("first", D(1), D("100.0")),
+        ("second", D("0.5"), D("100.0")),
+    ]
 
 
 def test_a_quote_that_crosses_fills_at_our_price_up_to_the_shown_quantity() -> None:
@@ -305,7 +355,9 @@ def test_a_quote_that_crosses_fills_at_our_price_up_to_the_shown_quantity() -> N
     rows = matching.on_quote(START, quote("99.7", "99.9", ask_quantity="2"))
 
     assert fills_of(rows) == [("a", D(2), D("100.0"))]
-    assert [row.fill.liquidity for row in rows if isinstance(row, Traded)] == [Liquidity.MAKER]
+    assert [row.fill.liquidity for row in rows if isinstance(row, Traded)] == [
+        Liquidity.MAKER
+    ]
 
 
 def test_a_crossing_quote_is_shared_by_price_then_time() -> None:
@@ -358,13 +410,30 @@ def test_a_book_without_quotes_is_a_market_too() -> None:
         ("NOTIONAL_BELOW_MINIMUM", order("x", BUY, "0.048")),
         ("POST_ONLY_WOULD_TAKE", order("x", BUY, "1", "100.2", post_only=True)),
         ("POST_ONLY_NOT_POSSIBLE", order("x", BUY, "1", post_only=True)),
-        ("REDUCE_ONLY_WOULD_INCREASE_POSITION", order("x", SELL, "1", reduce_only=True)),
+        (
+            "REDUCE_ONLY_WOULD_INCREASE_POSITION",
+            order("x", SELL, "1", reduce_only=True),
+        ),
         ("INSUFFICIENT_BALANCE", order("x", BUY, "100000", "100.0")),
         ("INSUFFICIENT_BALANCE", order("x", SELL, "1000.001", "100.3")),
-        ("EXPIRY_MISSING", order("x", BUY, "1", "100.0", time_in_force=TimeInForce.GTD)),
-        ("EXPIRY_IN_PAST", order("x", BUY, "1", "100.0", time_in_force=TimeInForce.GTD, expire_ns=START)),
-        ("STOP_WOULD_TRIGGER", order("x", SELL, "1", type=OrderType.STOP_MARKET, trigger_price=D("100.0"))),
-        ("STOP_WOULD_TRIGGER", order("x", BUY, "1", type=OrderType.STOP_MARKET, trigger_price=D("100.1"))),
+        (
+            "EXPIRY_MISSING",
+            order("x", BUY, "1", "100.0", time_in_force=TimeInForce.GTD),
+        ),
+        (
+            "EXPIRY_IN_PAST",
+            order(
+                "x", BUY, "1", "100.0", time_in_force=TimeInForce.GTD, expire_ns=START
+            ),
+        ),
+        (
+            "STOP_WOULD_TRIGGER",
+            order("x", SELL, "1", type=OrderType.STOP_MARKET, trigger_price=D("100.0")),
+        ),
+        (
+            "STOP_WOULD_TRIGGER",
+            order("x", BUY, "1", type=OrderType.STOP_MARKET, trigger_price=D("100.1")),
+        ),
     ],
 )
 def test_a_wrong_order_is_refused_with_its_code(code: str, request_: Any) -> None:
@@ -392,17 +461,25 @@ def test_a_post_only_order_beside_the_market_rests() -> None:
     ("open", True, False),
     ("none", False, False),
 ])  # fmt: skip
-def test_client_order_ids_are_unique_as_far_as_the_venue_says(rule: Any, again_open: bool, again_done: bool) -> None:
+def test_client_order_ids_are_unique_as_far_as_the_venue_says(
+    rule: Any, again_open: bool, again_done: bool
+) -> None:
     matching = engine(client_ids=rule)
     matching.submit(START, order("a", BUY, "1", "99.0"))
 
     while_open = matching.submit(START, order("a", BUY, "1", "99.0"))
     for _ in matching.open_orders():
         matching.cancel(START, "a")
-        matching.submit(START, order("b", BUY, "0.1", "100.2", time_in_force=TimeInForce.IOC))
+        matching.submit(
+            START, order("b", BUY, "0.1", "100.2", time_in_force=TimeInForce.IOC)
+        )
     matching = engine(client_ids=rule)
-    matching.submit(START, order("a", BUY, "0.1", "100.2", time_in_force=TimeInForce.IOC))
-    when_done = matching.submit(START, order("a", BUY, "0.1", "100.2", time_in_force=TimeInForce.IOC))
+    matching.submit(
+        START, order("a", BUY, "0.1", "100.2", time_in_force=TimeInForce.IOC)
+    )
+    when_done = matching.submit(
+        START, order("a", BUY, "0.1", "100.2", time_in_force=TimeInForce.IOC)
+    )
 
     assert (codes(while_open) == ["DUPLICATE_CLIENT_ORDER_ID"]) is again_open
     assert (codes(when_done) == ["DUPLICATE_CLIENT_ORDER_ID"]) is again_done
@@ -413,7 +490,9 @@ def test_open_orders_are_bounded() -> None:
     for name in "ab":
         matching.submit(START, order(name, BUY, "1", "99.0"))
 
-    assert codes(matching.submit(START, order("c", BUY, "1", "99.0"))) == ["TOO_MANY_ORDERS"]
+    assert codes(matching.submit(START, order("c", BUY, "1", "99.0"))) == [
+        "TOO_MANY_ORDERS"
+    ]
 
 
 # Money -------------------------------------------------------------------------------------------
@@ -423,10 +502,15 @@ def test_fees_in_quote_are_exact() -> None:
     matching = engine()
     matching.submit(START, order("a", BUY, "1", "100.2"))
 
-    assert matching.balances() == {"BTC": RICH["BTC"] + 1, "USDT": RICH["USDT"] - D("100.2") - D("0.0501")}
+    assert matching.balances() == {
+        "BTC": RICH["BTC"] + 1,
+        "USDT": RICH["USDT"] - D("100.2") - D("0.0501"),
+    }
 
 
-def test_a_fee_in_base_makes_the_bought_quantity_smaller_and_a_sale_pays_in_quote() -> None:
+def test_a_fee_in_base_makes_the_bought_quantity_smaller_and_a_sale_pays_in_quote() -> (
+    None
+):
     matching = engine(instrument={"fee_in": "base"})
     matching.submit(START, order("a", BUY, "1", "100.2"))
     matching.submit(START, order("b", SELL, "1", "100.0"))
@@ -497,8 +581,14 @@ def test_two_resting_reduce_only_orders_together_never_turn_the_position() -> No
 
 def test_a_sell_stop_triggers_on_the_bid_and_a_buy_stop_on_the_ask() -> None:
     matching = engine()
-    matching.submit(START, order("sell", SELL, "1", type=OrderType.STOP_MARKET, trigger_price=D("95.0")))
-    matching.submit(START, order("buy", BUY, "1", type=OrderType.STOP_MARKET, trigger_price=D("105.0")))
+    matching.submit(
+        START,
+        order("sell", SELL, "1", type=OrderType.STOP_MARKET, trigger_price=D("95.0")),
+    )
+    matching.submit(
+        START,
+        order("buy", BUY, "1", type=OrderType.STOP_MARKET, trigger_price=D("105.0")),
+    )
 
     assert matching.on_trade(START, trade(SELL, "9", "90.0")) == []
     assert matching.on_quote(START, quote("95.1", "95.3")) == []
@@ -513,7 +603,9 @@ def test_a_sell_stop_triggers_on_the_bid_and_a_buy_stop_on_the_ask() -> None:
 
 def test_a_stop_limit_rests_at_its_limit_after_the_trigger() -> None:
     matching = engine()
-    stop = order("s", SELL, "1", "95.5", type=OrderType.STOP_LIMIT, trigger_price=D("95.0"))
+    stop = order(
+        "s", SELL, "1", "95.5", type=OrderType.STOP_LIMIT, trigger_price=D("95.0")
+    )
     matching.submit(START, stop)
 
     rows = matching.on_quote(START, quote("94.9", "95.3"))
@@ -525,7 +617,9 @@ def test_a_stop_limit_rests_at_its_limit_after_the_trigger() -> None:
 
 def test_a_trailing_stop_follows_the_bid_up_and_never_down() -> None:
     matching = engine()
-    stop = order("t", SELL, "1", type=OrderType.TRAILING_STOP_MARKET, trigger_price=D("99.0"))
+    stop = order(
+        "t", SELL, "1", type=OrderType.TRAILING_STOP_MARKET, trigger_price=D("99.0")
+    )
     matching.submit(START, stop)
 
     matching.on_quote(START, quote("104.0", "104.2"))
@@ -537,7 +631,9 @@ def test_a_trailing_stop_follows_the_bid_up_and_never_down() -> None:
 
 def test_a_trailing_buy_stop_follows_the_ask_down() -> None:
     matching = engine()
-    stop = order("t", BUY, "1", type=OrderType.TRAILING_STOP_MARKET, trigger_price=D("101.2"))
+    stop = order(
+        "t", BUY, "1", type=OrderType.TRAILING_STOP_MARKET, trigger_price=D("101.2")
+    )
     matching.submit(START, stop)
 
     matching.on_quote(START, quote("97.8", "98.0"))
@@ -549,7 +645,15 @@ def test_a_trailing_buy_stop_follows_the_ask_down() -> None:
 def test_gtd_expires_at_its_instant_with_its_fills_kept() -> None:
     matching = engine()
     matching.submit(
-        START, order("a", BUY, "3", "100.2", time_in_force=TimeInForce.GTD, expire_ns=START + SECOND)
+        START,
+        order(
+            "a",
+            BUY,
+            "3",
+            "100.2",
+            time_in_force=TimeInForce.GTD,
+            expire_ns=START + SECOND,
+        ),
     )
 
     assert matching.next_deadline_ns == START + SECOND
@@ -557,7 +661,9 @@ def test_gtd_expires_at_its_instant_with_its_fills_kept() -> None:
     rows = matching.advance(START + SECOND)
 
     assert ends(rows) == [("a", "GTD")]
-    assert [(r.status, r.filled_quantity) for r in rows if isinstance(r, Ended)] == [(OrderStatus.EXPIRED, D(1))]
+    assert [(r.status, r.filled_quantity) for r in rows if isinstance(r, Ended)] == [
+        (OrderStatus.EXPIRED, D(1))
+    ]
 
 
 def test_a_cancel_ends_the_order_with_its_fills_and_a_second_one_is_refused() -> None:
@@ -574,21 +680,33 @@ def test_a_cancel_ends_the_order_with_its_fills_and_a_second_one_is_refused() ->
     assert fills_of(matching.on_quote(START, quote("99.0", "99.1"))) == []
 
 
-def test_finished_orders_are_forgotten_beyond_the_history_but_their_ids_stay_used() -> None:
+def test_finished_orders_are_forgotten_beyond_the_history_but_their_ids_stay_used() -> (
+    None
+):
     matching = engine(history=2)
     for number in range(4):
-        matching.submit(START, order(f"o{number}", BUY, "0.1", "100.2", time_in_force=TimeInForce.IOC))
+        matching.submit(
+            START,
+            order(f"o{number}", BUY, "0.1", "100.2", time_in_force=TimeInForce.IOC),
+        )
 
     assert matching.find("o0") is None
     assert matching.find("o3") is not None
     assert len(matching.fills()) == 2
-    assert codes(matching.submit(START, order("o0", BUY, "0.1", "100.2"))) == ["DUPLICATE_CLIENT_ORDER_ID"]
+    assert codes(matching.submit(START, order("o0", BUY, "0.1", "100.2"))) == [
+        "DUPLICATE_CLIENT_ORDER_ID"
+    ]
 
 
 def test_events_of_an_unlisted_symbol_are_counted_and_ignored() -> None:
     matching = engine()
     stranger = quote("1", "2")
-    stranger = type(stranger)(**{**{f: getattr(stranger, f) for f in stranger.__struct_fields__}, "symbol": "X/Y"})
+    stranger = type(stranger)(
+        **{
+            **{f: getattr(stranger, f) for f in stranger.__struct_fields__},
+            "symbol": "X/Y",
+        }
+    )
 
     assert matching.on_quote(START, stranger) == []
     assert matching.stats()["unknown_symbols"] == 1

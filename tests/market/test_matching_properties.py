@@ -23,12 +23,20 @@ sides = st.sampled_from(list(Side))
 
 @st.composite
 def orders(draw: Any) -> dict[str, Any]:
-    kind = draw(st.sampled_from(["limit"] * 5 + ["market", "stop", "stop_limit", "trailing"]))
-    made: dict[str, Any] = {"side": draw(sides), "quantity": str(draw(quantities)), "reduce_only": draw(st.booleans())}
+    kind = draw(
+        st.sampled_from(["limit"] * 5 + ["market", "stop", "stop_limit", "trailing"])
+    )
+    made: dict[str, Any] = {
+        "side": draw(sides),
+        "quantity": str(draw(quantities)),
+        "reduce_only": draw(st.booleans()),
+    }
     if kind == "limit":
         made["price"] = str(draw(prices))
         made["time_in_force"] = draw(st.sampled_from(list(TimeInForce)))
-        made["post_only"] = draw(st.booleans()) and made["time_in_force"] is TimeInForce.GTC
+        made["post_only"] = (
+            draw(st.booleans()) and made["time_in_force"] is TimeInForce.GTC
+        )
         made["reduce_only"] = False
         if made["time_in_force"] is TimeInForce.GTD:
             made["expire_ns"] = START + draw(st.integers(1, 60)) * SECOND
@@ -57,7 +65,9 @@ inputs = st.lists(
         orders().map(lambda made: ("submit", made)),
         quotes().map(lambda made: ("quote", made)),
         quotes().map(lambda made: ("quote", made)),
-        st.tuples(sides, quantities, prices).map(lambda m: ("trade", trade(m[0], str(m[1]), str(m[2])))),
+        st.tuples(sides, quantities, prices).map(
+            lambda m: ("trade", trade(m[0], str(m[1]), str(m[2])))
+        ),
         st.integers(0, 30).map(lambda number: ("cancel", number)),
         st.integers(1, 5).map(lambda seconds: ("advance", seconds)),
     ),
@@ -69,10 +79,14 @@ class Run:
     """Feeds inputs to an engine and keeps the rows of each."""
 
     def __init__(self, **options: Any) -> None:
-        self.matching = MatchingEngine("A", [instrument(**options)], market_patience_s=2)
+        self.matching = MatchingEngine(
+            "A", [instrument(**options)], market_patience_s=2
+        )
         self.now = START
         self.sent = 0
-        self.batches: list[tuple[Any, list[StatementRow]]] = [(None, self.matching.deposit(START, RICH))]
+        self.batches: list[tuple[Any, list[StatementRow]]] = [
+            (None, self.matching.deposit(START, RICH))
+        ]
 
     def feed(self, step: tuple[str, Any]) -> list[StatementRow]:
         verb, value = step
@@ -128,7 +142,9 @@ def balances_of(rows: list[StatementRow]) -> dict[str, Decimal]:
 
 @settings(max_examples=150, deadline=None)
 @given(inputs, st.sampled_from(["quote", "base"]))
-def test_money_is_conserved_and_no_order_is_overfilled(steps: list[tuple[str, Any]], fee_in: str) -> None:
+def test_money_is_conserved_and_no_order_is_overfilled(
+    steps: list[tuple[str, Any]], fee_in: str
+) -> None:
     run = Run(fee_in=fee_in)
 
     for step in steps:
@@ -137,25 +153,38 @@ def test_money_is_conserved_and_no_order_is_overfilled(steps: list[tuple[str, An
         matching = run.matching
         assert matching.balances() == balances_of(run.rows)
         locked: dict[str, Decimal] = defaultdict(Decimal)
-        rates = {row.venue_order_id: row.lock_rate for row in run.rows if isinstance(row, Placed)}
+        rates = {
+            row.venue_order_id: row.lock_rate
+            for row in run.rows
+            if isinstance(row, Placed)
+        }
         for open_order in matching.open_orders():
             remaining = open_order.quantity - open_order.filled_quantity
             assert remaining > 0
             asset = "USDT" if open_order.side is Side.BUY else "BTC"
             locked[asset] += rates[open_order.venue_order_id] * remaining
-        assert matching.locked() == {asset: value for asset, value in locked.items() if value}
-        assert all(value >= matching.locked().get(asset, 0) for asset, value in matching.balances().items())
+        assert matching.locked() == {
+            asset: value for asset, value in locked.items() if value
+        }
+        assert all(
+            value >= matching.locked().get(asset, 0)
+            for asset, value in matching.balances().items()
+        )
     filled: dict[str, Decimal] = defaultdict(Decimal)
     for fill in run.matching.fills():
         filled[fill.client_order_id] += fill.quantity
-    asked = {row.client_order_id: row.quantity for row in run.rows if isinstance(row, Placed)}
+    asked = {
+        row.client_order_id: row.quantity for row in run.rows if isinstance(row, Placed)
+    }
     assert all(quantity <= asked[cid] for cid, quantity in filled.items())
     assert all(fill.quantity % LOT == 0 for fill in run.matching.fills())
 
 
 @settings(max_examples=100, deadline=None)
 @given(inputs)
-def test_every_fill_lies_inside_the_market_of_its_moment_and_within_its_limit(steps: list[tuple[str, Any]]) -> None:
+def test_every_fill_lies_inside_the_market_of_its_moment_and_within_its_limit(
+    steps: list[tuple[str, Any]],
+) -> None:
     """Between the lowest and the highest of the quote before, the quote after, and the trade that hit it."""
     run = Run()
     limits = {}
@@ -180,16 +209,28 @@ def test_every_fill_lies_inside_the_market_of_its_moment_and_within_its_limit(st
 
 @settings(max_examples=100, deadline=None)
 @given(inputs)
-def test_one_message_never_fills_more_than_it_shows(steps: list[tuple[str, Any]]) -> None:
+def test_one_message_never_fills_more_than_it_shows(
+    steps: list[tuple[str, Any]],
+) -> None:
     run = Run()
     for step in steps:
-        sold_before = sum((f.quantity for f in run.matching.fills() if f.side is Side.SELL), D(0))
-        bought_before = sum((f.quantity for f in run.matching.fills() if f.side is Side.BUY), D(0))
+        sold_before = sum(
+            (f.quantity for f in run.matching.fills() if f.side is Side.SELL), D(0)
+        )
+        bought_before = sum(
+            (f.quantity for f in run.matching.fills() if f.side is Side.BUY), D(0)
+        )
 
         run.feed(step)
 
-        sold = sum((f.quantity for f in run.matching.fills() if f.side is Side.SELL), D(0)) - sold_before
-        bought = sum((f.quantity for f in run.matching.fills() if f.side is Side.BUY), D(0)) - bought_before
+        sold = (
+            sum((f.quantity for f in run.matching.fills() if f.side is Side.SELL), D(0))
+            - sold_before
+        )
+        bought = (
+            sum((f.quantity for f in run.matching.fills() if f.side is Side.BUY), D(0))
+            - bought_before
+        )
         if isinstance(step[1], QuoteChanged):
             assert sold <= step[1].bid_quantity
             assert bought <= step[1].ask_quantity
@@ -199,7 +240,9 @@ def test_one_message_never_fills_more_than_it_shows(steps: list[tuple[str, Any]]
 
 @settings(max_examples=100, deadline=None)
 @given(inputs)
-def test_the_fills_at_a_standing_quote_add_up_to_no_more_than_it_showed(steps: list[tuple[str, Any]]) -> None:
+def test_the_fills_at_a_standing_quote_add_up_to_no_more_than_it_showed(
+    steps: list[tuple[str, Any]],
+) -> None:
     run = Run()
     run.feed(("quote", quote("100.0", "100.2", "2", "3")))
     for step in steps:
@@ -217,7 +260,9 @@ def test_the_fills_at_a_standing_quote_add_up_to_no_more_than_it_showed(steps: l
 
 @settings(max_examples=60, deadline=None)
 @given(inputs)
-def test_a_restart_at_any_point_is_the_engine_that_ran_on(steps: list[tuple[str, Any]]) -> None:
+def test_a_restart_at_any_point_is_the_engine_that_ran_on(
+    steps: list[tuple[str, Any]],
+) -> None:
     run = Run()
     written: list[StatementRow] = list(run.rows)
     decoder = msgspec.json.Decoder(StatementRow)
@@ -232,7 +277,9 @@ def test_a_restart_at_any_point_is_the_engine_that_ran_on(steps: list[tuple[str,
 
 @settings(max_examples=60, deadline=None)
 @given(inputs, st.data())
-def test_a_restart_in_the_middle_of_a_batch_goes_on_soundly(steps: list[tuple[str, Any]], data: Any) -> None:
+def test_a_restart_in_the_middle_of_a_batch_goes_on_soundly(
+    steps: list[tuple[str, Any]], data: Any
+) -> None:
     run = Run()
     for step in steps:
         run.feed(step)
@@ -250,7 +297,9 @@ def test_a_restart_in_the_middle_of_a_batch_goes_on_soundly(steps: list[tuple[st
 
 @settings(max_examples=40, deadline=None)
 @given(inputs)
-def test_the_same_inputs_give_the_same_statement_byte_for_byte(steps: list[tuple[str, Any]]) -> None:
+def test_the_same_inputs_give_the_same_statement_byte_for_byte(
+    steps: list[tuple[str, Any]],
+) -> None:
     first, second = Run(), Run()
     for step in steps:
         first.feed(step)
@@ -260,7 +309,10 @@ def test_the_same_inputs_give_the_same_statement_byte_for_byte(steps: list[tuple
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.integers(990, 1000), quantities), min_size=2, max_size=12), quantities)
+@given(
+    st.lists(st.tuples(st.integers(990, 1000), quantities), min_size=2, max_size=12),
+    quantities,
+)
 def test_better_prices_fill_first_and_equal_prices_in_order_of_arrival(
     resting: list[tuple[int, Decimal]], hit: Decimal
 ) -> None:
@@ -268,7 +320,9 @@ def test_better_prices_fill_first_and_equal_prices_in_order_of_arrival(
     matching.deposit(START, RICH)
     matching.on_quote(START, quote("98.9", "100.2"))
     for number, (ticks, quantity) in enumerate(resting):
-        matching.submit(START, order(f"o{number}", Side.BUY, str(quantity), str(ticks * TICK)))
+        matching.submit(
+            START, order(f"o{number}", Side.BUY, str(quantity), str(ticks * TICK))
+        )
 
     matching.on_trade(START, trade(Side.SELL, str(hit), "98.9"))
 
@@ -289,7 +343,10 @@ def test_a_statement_with_a_gap_or_of_other_instruments_is_refused() -> None:
     other = MatchingEngine("A", [instrument(symbol="ETH/USDT")])
     gapped = MatchingEngine("A", [instrument()])
 
-    for matching, rows, words in ((other, run.rows, SYMBOL), (gapped, run.rows[1:], "follows row")):
+    for matching, rows, words in (
+        (other, run.rows, SYMBOL),
+        (gapped, run.rows[1:], "follows row"),
+    ):
         try:
             matching.restore(rows)
         except ValueError as error:

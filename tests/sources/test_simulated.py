@@ -14,7 +14,9 @@ from nightdesk.model.order import Side
 from nightdesk.sources.simulated import SimulatedSource
 
 
-async def events_of(seconds: float, *, desk_seed: int = 1, **options: Any) -> list[Event]:
+async def events_of(
+    seconds: float, *, desk_seed: int = 1, **options: Any
+) -> list[Event]:
     clock, events = ManualClock(), []  # type: ManualClock, list[Event]
     source = SimulatedSource("sim", **{"venues": ["a", "b"], **options})
     await source.start(events.append, clock, random.Random(desk_seed))
@@ -37,10 +39,18 @@ async def test_without_a_seed_of_its_own_it_takes_the_desks() -> None:
     assert await events_of(5, desk_seed=1) != await events_of(5, desk_seed=2)
 
 
-async def test_quotes_and_trades_lie_on_the_grid_and_trades_at_the_standing_quote() -> None:
+async def test_quotes_and_trades_lie_on_the_grid_and_trades_at_the_standing_quote() -> (
+    None
+):
     quotes: dict[tuple[str, str], QuoteChanged] = {}
     count = Counter[str]()
-    for event in await events_of(30, seed=2, markets={"X/Y": {"price": 50, "tick_size": "0.05", "lot_size": "0.1", "quantity": 3}}):
+    for event in await events_of(
+        30,
+        seed=2,
+        markets={
+            "X/Y": {"price": 50, "tick_size": "0.05", "lot_size": "0.1", "quantity": 3}
+        },
+    ):
         count[type(event).__name__] += 1
         if isinstance(event, QuoteChanged):
             assert event.bid < event.ask
@@ -51,7 +61,9 @@ async def test_quotes_and_trades_lie_on_the_grid_and_trades_at_the_standing_quot
         elif isinstance(event, TradePrinted):
             standing = quotes[event.venue, event.symbol]
             price, shown = (
-                (standing.ask, standing.ask_quantity) if event.side is Side.BUY else (standing.bid, standing.bid_quantity)
+                (standing.ask, standing.ask_quantity)
+                if event.side is Side.BUY
+                else (standing.bid, standing.bid_quantity)
             )
             assert event.price == price
             assert event.quantity <= shown
@@ -94,8 +106,14 @@ async def test_without_gaps_and_with_one_venue_there_are_none() -> None:
     assert not source.finished
 
 
-async def test_swaps_are_large_and_small_in_known_and_unknown_pools_and_confirmed_later() -> None:
-    swaps = [event for event in await events_of(400, seed=3, swaps={"every_s": 1}) if isinstance(event, PoolSwap)]
+async def test_swaps_are_large_and_small_in_known_and_unknown_pools_and_confirmed_later() -> (
+    None
+):
+    swaps = [
+        event
+        for event in await events_of(400, seed=3, swaps={"every_s": 1})
+        if isinstance(event, PoolSwap)
+    ]
     first = [swap for swap in swaps if not swap.is_confirmed]
     confirmed = [swap for swap in swaps if swap.is_confirmed]
 
@@ -105,13 +123,19 @@ async def test_swaps_are_large_and_small_in_known_and_unknown_pools_and_confirme
     assert len({swap.duplicate_key for swap in swaps}) == len(swaps)
     assert abs(len(confirmed) - len(first)) < 10
     by_hash = {swap.transaction_hash: swap for swap in first}
-    assert all(swap.ts_received_ns - by_hash[swap.transaction_hash].ts_event_ns >= 2_000_000_000 for swap in confirmed)
+    assert all(
+        swap.ts_received_ns - by_hash[swap.transaction_hash].ts_event_ns
+        >= 2_000_000_000
+        for swap in confirmed
+    )
 
 
 async def test_a_late_step_is_not_made_up_for_by_a_burst() -> None:
     clock, times = ManualClock(), []  # type: ManualClock, list[int]
     source = SimulatedSource("sim", venues="a", seed=1, interval_ms=50)
-    await source.start(lambda event: times.append(clock.now_ns()), clock, random.Random(1))
+    await source.start(
+        lambda event: times.append(clock.now_ns()), clock, random.Random(1)
+    )
     await clock.advance(1)
     clock.ns += 60_000_000_000
     await clock.advance(1)
@@ -130,10 +154,15 @@ async def test_an_iceberg_sized_order_fills_by_resting_within_a_minute() -> None
         await house.clock.advance(1)
         for number in range(60):
             found = await house.venue.open_orders()
-            if not found and sum(fill.quantity for fill in await house.venue.fills(0)) < 2:
+            if (
+                not found
+                and sum(fill.quantity for fill in await house.venue.fills(0)) < 2
+            ):
                 market = house.matching._markets[SYMBOL].shown
                 bid = market.best(Side.BUY)
-                await house.venue.submit(order(f"o{number}", Side.BUY, "0.2", str(bid), post_only=True))
+                await house.venue.submit(
+                    order(f"o{number}", Side.BUY, "0.2", str(bid), post_only=True)
+                )
             await house.clock.advance(1)
         await source.stop()
 

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 
-from fakes.paper import RICH, SYMBOL, D, ManualClock, PaperHouse, instrument, order, quote, settle, trade
+from fakes.paper import (
+    RICH,
+    SYMBOL,
+    D,
+    ManualClock,
+    PaperHouse,
+    instrument,
+    order,
+    quote,
+    settle,
+    trade,
+)
 from nightdesk.errors import (
     OutcomeUnknownError,
     QueryFailedError,
@@ -26,10 +37,16 @@ BUY, SELL = Side.BUY, Side.SELL
 
 
 def filled(events: list[Event]) -> list[tuple[str, Any]]:
-    return [(event.client_order_id, event.fill.quantity) for event in events if isinstance(event, OrderFilled)]
+    return [
+        (event.client_order_id, event.fill.quantity)
+        for event in events
+        if isinstance(event, OrderFilled)
+    ]
 
 
-async def test_a_fill_comes_back_as_an_event_and_never_from_inside_the_market_event() -> None:
+async def test_a_fill_comes_back_as_an_event_and_never_from_inside_the_market_event() -> (
+    None
+):
     async with PaperHouse() as house:
         await house.venue.submit(order("a", BUY, "1", "100.0"))
 
@@ -69,7 +86,9 @@ async def test_a_cancel_is_told_by_its_event_and_a_late_one_is_refused() -> None
         await settle()
 
         canceled = [event for event in house.events if isinstance(event, OrderCanceled)]
-        assert [(event.client_order_id, event.filled_quantity) for event in canceled] == [("a", D(1))]
+        assert [
+            (event.client_order_id, event.filled_quantity) for event in canceled
+        ] == [("a", D(1))]
         with pytest.raises(VenueRejectedError) as refused:
             await house.venue.cancel(asked)
         assert refused.value.code == "ORDER_NOT_OPEN"
@@ -79,13 +98,30 @@ async def test_gtd_orders_expire_by_the_clock_without_any_market_event() -> None
     async with PaperHouse() as house:
         expire_ns = house.clock.now_ns() + 2_000_000_000
         later_ns = expire_ns + 1_000_000_000
-        await house.venue.submit(order("b", BUY, "1", "99.0", time_in_force=TimeInForce.GTD, expire_ns=later_ns))
-        await house.venue.submit(order("a", BUY, "1", "99.0", time_in_force=TimeInForce.GTD, expire_ns=expire_ns))
+        await house.venue.submit(
+            order(
+                "b", BUY, "1", "99.0", time_in_force=TimeInForce.GTD, expire_ns=later_ns
+            )
+        )
+        await house.venue.submit(
+            order(
+                "a",
+                BUY,
+                "1",
+                "99.0",
+                time_in_force=TimeInForce.GTD,
+                expire_ns=expire_ns,
+            )
+        )
 
         await house.clock.advance(1.9)
         before = list(house.events)
         await house.clock.advance(0.2)
-        first = [event.client_order_id for event in house.events if isinstance(event, OrderExpired)]
+        first = [
+            event.client_order_id
+            for event in house.events
+            if isinstance(event, OrderExpired)
+        ]
         await house.clock.advance(1.0)
 
         assert before == []
@@ -153,7 +189,11 @@ async def test_an_error_is_a_proof_for_requests_and_no_answer_for_questions() ->
     async with PaperHouse(faults={"errors": 1.0}) as house:
         with pytest.raises(VenueRejectedError, match="SERVICE_BUSY"):
             await house.venue.submit(order("a", BUY, "0.5"))
-        for question in (house.venue.open_orders(), house.venue.balances(), house.venue.fills(0)):
+        for question in (
+            house.venue.open_orders(),
+            house.venue.balances(),
+            house.venue.fills(0),
+        ):
             with pytest.raises(QueryFailedError):
                 await question
 
@@ -175,14 +215,22 @@ async def test_an_outage_lets_nothing_through_while_it_lasts() -> None:
 
 
 async def test_look_ups_lag_behind_and_may_forget_finished_orders() -> None:
-    async with PaperHouse(faults={"index_lag_s": 2.0, "lookup": "open_only", "clock_skew_ms": 250}) as house:
+    async with PaperHouse(
+        faults={"index_lag_s": 2.0, "lookup": "open_only", "clock_skew_ms": 250}
+    ) as house:
         await house.venue.submit(order("open", BUY, "1", "99.0"))
         await house.venue.submit(order("done", BUY, "0.5"))
-        fresh = (await house.venue.open_orders(), await house.venue.fills(0), await house.venue.find_order(SYMBOL, "open"))
+        fresh = (
+            await house.venue.open_orders(),
+            await house.venue.fills(0),
+            await house.venue.find_order(SYMBOL, "open"),
+        )
         await house.clock.advance(2)
 
         assert fresh == ([], [], None)
-        assert [found.client_order_id for found in await house.venue.open_orders()] == ["open"]
+        assert [found.client_order_id for found in await house.venue.open_orders()] == [
+            "open"
+        ]
         assert await house.venue.find_order(SYMBOL, "done") is None
         assert len(await house.venue.fills(0)) == 1
         assert house.venue.index_lag_s == 2.0
@@ -193,9 +241,13 @@ async def test_events_may_come_twice_and_out_of_order_but_none_is_missing() -> N
     faults = {"duplicated_events": 0.5, "reordered_events": 0.5}
     async with PaperHouse(latency_ms=(1, 20), faults=faults) as house:
         for number in range(40):
-            sending = asyncio.create_task(house.venue.submit(order(f"o{number}", BUY, "0.06")))
+            sending = asyncio.create_task(
+                house.venue.submit(order(f"o{number}", BUY, "0.06"))
+            )
             await house.clock.advance(0.005)
-            house.venue.on_market(quote("100.0", "100.2", ask_quantity=str(1 + number % 2)))
+            house.venue.on_market(
+                quote("100.0", "100.2", ask_quantity=str(1 + number % 2))
+            )
             assert sending
         await house.clock.advance(1)
 
@@ -208,12 +260,23 @@ async def test_events_may_come_twice_and_out_of_order_but_none_is_missing() -> N
 
 async def test_the_same_seed_writes_the_same_statement(tmp_path: Path) -> None:
     async def run(directory: Path) -> bytes:
-        faults = {"lost_replies": 0.2, "lost_requests": 0.1, "errors": 0.1, "timeout_s": 0.01}
-        async with PaperHouse(directory, latency_ms=(1, 20), faults=faults, seed=5) as house:
+        faults = {
+            "lost_replies": 0.2,
+            "lost_requests": 0.1,
+            "errors": 0.1,
+            "timeout_s": 0.01,
+        }
+        async with PaperHouse(
+            directory, latency_ms=(1, 20), faults=faults, seed=5
+        ) as house:
             sends = []
             for number in range(60):
                 side = BUY if number % 3 else SELL
-                sends.append(asyncio.create_task(house.venue.submit(order(f"o{number}", side, "0.1", "100.1"))))
+                sends.append(
+                    asyncio.create_task(
+                        house.venue.submit(order(f"o{number}", side, "0.1", "100.1"))
+                    )
+                )
                 await house.clock.advance(0.003)
                 house.venue.on_market(quote("100.0", f"100.{1 + number % 3}"))
                 house.venue.on_market(trade(BUY, "0.2", "100.1", str(number)))
@@ -254,7 +317,9 @@ async def test_a_restarted_venue_knows_everything_it_wrote(tmp_path: Path) -> No
         assert await again.venue.submit(order("next", BUY, "1", "99.0")) == "3"
 
 
-async def test_a_statement_cut_at_any_byte_still_starts_and_loses_only_the_torn_line(tmp_path: Path) -> None:
+async def test_a_statement_cut_at_any_byte_still_starts_and_loses_only_the_torn_line(
+    tmp_path: Path,
+) -> None:
     async with PaperHouse(tmp_path / "whole") as house:
         await house.venue.submit(order("a", BUY, "1.5", "100.2"))
         await house.venue.cancel(order("a", BUY, "1.5", "100.2"))
@@ -284,7 +349,9 @@ async def test_a_damaged_line_stops_the_start_and_names_it(tmp_path: Path) -> No
             pass
 
 
-async def test_a_statement_of_other_instruments_is_not_guessed_at(tmp_path: Path) -> None:
+async def test_a_statement_of_other_instruments_is_not_guessed_at(
+    tmp_path: Path,
+) -> None:
     async with PaperHouse(tmp_path) as house:
         await house.venue.submit(order("a", BUY, "1", "99.0"))
 
@@ -308,11 +375,15 @@ async def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> No
             pass
 
 
-async def test_a_venue_that_cannot_write_reports_nothing_and_answers_unknown(tmp_path: Path) -> None:
+async def test_a_venue_that_cannot_write_reports_nothing_and_answers_unknown(
+    tmp_path: Path,
+) -> None:
     """What is not in the statement must not become a fill that the desk books."""
     async with PaperHouse(tmp_path) as house:
         os.close(house.venue._statement._descriptor)  # type: ignore[union-attr, arg-type]
-        house.venue._statement._descriptor = os.open(tmp_path / "statement.jsonl", os.O_RDONLY)  # type: ignore[union-attr]
+        house.venue._statement._descriptor = os.open(
+            tmp_path / "statement.jsonl", os.O_RDONLY
+        )  # type: ignore[union-attr]
 
         with pytest.raises(OutcomeUnknownError, match="cannot be written"):
             await house.venue.submit(order("a", BUY, "0.5"))
@@ -326,7 +397,9 @@ async def test_a_venue_that_cannot_write_reports_nothing_and_answers_unknown(tmp
         assert house.events == []
 
 
-async def test_the_statement_says_what_became_of_each_client_order_id(tmp_path: Path) -> None:
+async def test_the_statement_says_what_became_of_each_client_order_id(
+    tmp_path: Path,
+) -> None:
     async with PaperHouse(tmp_path, client_ids="none") as house:
         await house.venue.submit(order("twice", BUY, "0.5", "100.2"))
         await house.venue.submit(order("twice", BUY, "0.7", "100.2"))
@@ -338,7 +411,11 @@ async def test_the_statement_says_what_became_of_each_client_order_id(tmp_path: 
 
         said = summarise(read_rows(path))
 
-        assert (said["twice"].placed, said["twice"].filled, said["twice"].average_price) == (2, D(1), D("100.2"))
+        assert (
+            said["twice"].placed,
+            said["twice"].filled,
+            said["twice"].average_price,
+        ) == (2, D(1), D("100.2"))
         assert said["twice"].fees == {"USDT": D("0.0501")}
         assert said["gone"].status is OrderStatus.CANCELED
         assert (said["bad"].refused, said["bad"].placed) == (["PRICE_NOT_ON_TICK"], 0)
@@ -363,9 +440,21 @@ async def test_market_events_of_other_venues_and_kinds_are_ignored() -> None:
         assert house.events == []
 
 
-async def test_an_unseeded_venue_takes_the_desks_numbers_and_mappings_as_instruments() -> None:
-    facts = {"symbol": SYMBOL, "tick_size": "0.1", "lot_size": "0.001", "min_quantity": "0.001"}
-    venue = PaperVenue("A", instruments=[facts], matching=MatchingEngine("A", [instrument()]), balances=RICH)
+async def test_an_unseeded_venue_takes_the_desks_numbers_and_mappings_as_instruments() -> (
+    None
+):
+    facts = {
+        "symbol": SYMBOL,
+        "tick_size": "0.1",
+        "lot_size": "0.001",
+        "min_quantity": "0.001",
+    }
+    venue = PaperVenue(
+        "A",
+        instruments=[facts],
+        matching=MatchingEngine("A", [instrument()]),
+        balances=RICH,
+    )
 
     await venue.start(lambda _: None, ManualClock(), random.Random(3))
 

@@ -151,6 +151,10 @@ def resume_trading(*, reason: _Reason, target: Target = _HERE) -> int:
     """
     if not reason.strip():
         raise CommandError("--reason is empty. Say what was checked, e.g. --reason 'positions compared, all equal'.")
+    from nightdesk.control import FLAG_NAME
+
+    ask(target, "status")  # only a desk that answers may lose its flag file
+    (state_directory(target) / FLAG_NAME).unlink(missing_ok=True)
     return _act(target, "resume_trading", {}, reason, "Trading is ACTIVE again.")
 
 

@@ -11,6 +11,7 @@ from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+import msgspec
 import structlog
 
 from nightdesk.abc import Record, Task
@@ -50,21 +51,14 @@ PRICES = {"BTC": "60000", "ETH": "3000", "BNB": "550"}
 """Where the simulated market of a `TaskManager` starts, in USDT; anything else starts at 100."""
 
 
-class Symbol(str):
-    """A pair, `Symbol(base="BTC", quote="USDT")`; equal to its ccxt form `BTC/USDT`."""
+class Symbol(msgspec.Struct, frozen=True):
+    """A pair, `Symbol(base="BTC", quote="USDT")`; its text is the ccxt form `BTC/USDT`."""
 
-    __slots__ = ()
+    base: str
+    quote: str
 
-    def __new__(cls, base: str, quote: str = "") -> "Symbol":
-        return super().__new__(cls, f"{base}/{quote}" if quote else base)
-
-    @property
-    def base(self) -> str:
-        return self.split("/")[0]
-
-    @property
-    def quote(self) -> str:
-        return self.split("/")[1]
+    def __str__(self) -> str:
+        return f"{self.base}/{self.quote}"
 
 
 class ExchangeEnum(StrEnum):
@@ -95,16 +89,16 @@ class _Exchange:
     def __init__(self, task: Task[Any], name: str) -> None:
         self._task, self.name = task, str(name)
 
-    async def initialize(self, symbols: list[str]) -> None:
+    async def initialize(self, symbols: list[Any]) -> None:
         """Nothing to open: the desk holds the connection for every task."""
 
     async def close(self) -> None:
         """Nothing to close: the connection belongs to the desk."""
 
-    def quote(self, symbol: str) -> Any:
+    def quote(self, symbol: Any) -> Any:
         return self._task.desk.price(str(symbol), self.name)
 
-    def symbol_info(self, symbol: str) -> Any:
+    def symbol_info(self, symbol: Any) -> Any:
         return self._task.desk.instrument(str(symbol), self.name)
 
 
@@ -162,6 +156,7 @@ class BaseTradingTask(Task[ContextT], Generic[ContextT, StateT]):
 class IcebergTaskContext(iceberg.IcebergContext, kw_only=True):
     """`exchange_name` is the venue."""
 
+    symbol: Any
     exchange_name: ExchangeEnum | None = None
     venue: str = ""
 
@@ -189,6 +184,7 @@ class IcebergTask(iceberg.IcebergTask):
 class DeltaNeutralTaskContext(delta_neutral.DeltaNeutralContext, kw_only=True):
     """`exchange_names` are the venues of both sides."""
 
+    symbol: Any
     exchange_names: dict[Side, ExchangeEnum] = {}
     venues: dict[Side, str] = {}
     direction: Direction = Direction.NONE

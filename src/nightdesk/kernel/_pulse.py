@@ -9,8 +9,11 @@ Goes to: kernel/hosts.py
 """
 
 import asyncio
+import ctypes
 import mmap
 import os
+import random
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,8 +30,10 @@ _PAGE_BYTES = 4096
 # The cells of the page, signed 64-bit each. The desk writes PARKED_UNTIL, the host the others.
 _BEAT, _OWNER, _SINCE, _LEADER, _LEADER_BYTES, _GRACE, _PARKED_UNTIL = range(7)
 
-_SAMPLE_NS = 5_000
-_SAMPLE_EVERY = 16
+# Of its time a host spends at most one part in fifty on finding out whose memory grows.
+_SAMPLE_SHARE = 50
+_MAX_SKIPPED = 8
+_SMALL_BLOCK_BYTES = 80  # a block of Python's own allocator, on average
 
 _monotonic_ns = SystemClock.monotonic_ns
 
@@ -68,7 +73,7 @@ class Page:
 
     @property
     def leader(self) -> tuple[int, int]:
-        """The task under which the host's memory grew most, and by how many bytes."""
+        """The task whose samples show the largest growth of memory in use, and by how many bytes."""
         return self._cells[_LEADER], self._cells[_LEADER_BYTES]
 
     @property
@@ -108,23 +113,26 @@ class Pulse(Page):
         self._number_of = number_of
         self._on_parked = on_parked
         self._growth: dict[int, int] = {}
-        self._callbacks = 0
-        self._resident = _resident_bytes_reader()
-        self._last_resident = self._resident()
+        self._held_bytes = _held_bytes_reader()
+        self._random = random.Random(descriptor)
+        self._skip = 0
+        self._sample_ns = 0
+        self._before = -1
 
     def beat(self) -> None:
         self._cells[_BEAT] = _monotonic_ns()
 
     def enter(self, owner: int) -> None:
         """Note that the code of task `owner` runs from now on, and settle what ran until now."""
-        cells, now = self._cells, _monotonic_ns()
-        before = cells[_OWNER]
-        if before:
-            self._callbacks += 1
-            # 5 us are at most some ten page faults: too little to matter, so most of such short
-            # callbacks are not worth a system call.
-            if now - cells[_SINCE] > _SAMPLE_NS or not self._callbacks % _SAMPLE_EVERY:
-                self._charge(before)
+        cells = self._cells
+        if self._before >= 0:
+            self._charge(cells[_OWNER])
+        now = _monotonic_ns()
+        if owner > 0 and now > self._sample_ns:
+            if self._skip:
+                self._skip -= 1
+            else:
+                self._before = self._held_bytes()
         cells[_SINCE] = now
         cells[_OWNER] = owner
         if cells[_PARKED_UNTIL] > now:
@@ -162,27 +170,52 @@ class Pulse(Page):
             )
 
     def _charge(self, owner: int) -> None:
-        resident = self._resident()
-        grown = resident - self._last_resident
-        if not grown:
-            return
-        self._last_resident = resident
-        total = self._growth.get(owner, 0) + grown
-        self._growth[owner] = total
-        cells = self._cells
-        if total > cells[_LEADER_BYTES] or owner == cells[_LEADER]:
-            cells[_LEADER], cells[_LEADER_BYTES] = owner, total
+        """Book what the callback that just ended took and gave back."""
+        asked_ns = _monotonic_ns()
+        held = self._held_bytes()
+        now = _monotonic_ns()
+        grown, self._before = held - self._before, -1
+        self._sample_ns = now + 2 * _SAMPLE_SHARE * (now - asked_ns)
+        # Tasks often run one after the other in the same order: a sample that always came first
+        # after a pause would always meet the same one.
+        self._skip = self._random.randrange(_MAX_SKIPPED)
+        if grown:
+            total = self._growth.get(owner, 0) + grown
+            self._growth[owner] = total
+            cells = self._cells
+            if total > cells[_LEADER_BYTES] or owner == cells[_LEADER]:
+                cells[_LEADER], cells[_LEADER_BYTES] = owner, total
 
 
-def _resident_bytes_reader() -> Callable[[], int]:
-    """Return the cheapest way to ask for this process's resident memory: 2 us on Linux."""
+class _MallocInfo(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks"),
+            *("fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def _held_bytes_reader() -> Callable[[], int]:
+    """Return a function that says how much memory is in use.
+
+    What the allocators handed out, not what the process holds of the system: a task that frees what
+    it took leaves pages behind that the next one fills, and would be taken for the one that leaks.
+    """
     try:
-        statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+        mallinfo: Any = ctypes.PyDLL(None).mallinfo2
+    except (AttributeError, OSError):  # not the GNU library
         process = psutil.Process()
         return lambda: process.memory_info().rss
-    page = os.sysconf("SC_PAGE_SIZE")
-    return lambda: int(os.pread(statm, 64, 0).split(None, 2)[1]) * page
+    mallinfo.restype, mallinfo.argtypes = _MallocInfo, ()
+
+    def held_bytes() -> int:
+        info = mallinfo()
+        large: int = info.uordblks + info.hblkhd
+        return large + _SMALL_BLOCK_BYTES * sys.getallocatedblocks()
+
+    return held_bytes
 
 
 class HostLoop(LaneLoop):

@@ -30,6 +30,7 @@ _FIRST_BACKOFF_S = 1.0
 _REPEAT_NS = 3_600_000_000_000
 _MAX_ISOLATED = 4
 _INSTRUMENTS_PER_FRAME = 500
+_CLEAR_SHARE = 20
 _NEVER = 1 << 62
 # Signals by which somebody outside ends a process: whoever ran just then is not to blame.
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
@@ -231,10 +232,13 @@ class Warden:
     def _weigh(self, link: HostLink) -> None:
         link.resident = link.process.resident_bytes()
         if link.resident > self._memory_bytes:
-            leader, grown = link.process.page.leader
             held = f"its host held {link.resident >> 20} MB of {self._config.memory_mb}"
-            detail = f"{held}, {grown >> 20} MB of them came with this task"
-            self._replace(link, "leaks", leader, detail)
+            self._replace(link, "leaks", self._leaker(link), held)
+
+    def _leaker(self, link: HostLink) -> int:
+        """Return the task that the samples accuse; 0 if they accuse nobody clearly."""
+        leader, grown = link.process.page.leader
+        return leader if grown > self._memory_bytes / _CLEAR_SHARE else 0
 
     def _on_death(self, link: HostLink, code: int) -> None:
         kind, owner = "crashes", link.process.page.owner
@@ -246,7 +250,7 @@ class Warden:
             if (
                 link.resident > self._memory_bytes * 0.8
             ):  # by the system, for want of memory
-                kind, owner = "leaks", link.process.page.leader[0]
+                kind, owner = "leaks", self._leaker(link)
         self._replace(link, kind, owner, f"its host {words}")
 
     # --- replacing a host ------------------------------------------------------------------------

@@ -91,11 +91,15 @@ class _LaneTimer(asyncio.TimerHandle):
 
     __slots__ = ()
     _loop: "LaneLoop"
+    _scheduled: (
+        bool  # it waits in the heap; `asyncio.sleep` also cancels timers that have rung
+    )
 
     def cancel(self) -> None:
         if not self.cancelled():
             asyncio.Handle.cancel(self)
-            self._loop._on_timer_cancelled()
+            if self._scheduled:
+                self._loop._on_timer_cancelled()
 
 
 class LaneLoop(asyncio.AbstractEventLoop):
@@ -254,6 +258,7 @@ class LaneLoop(asyncio.AbstractEventLoop):
         if self._lanes_gone:
             self._check_caller()
         timer = _LaneTimer(when, callback, args, self, context)
+        timer._scheduled = True
         self._timer_count += 1
         heappush(self._timers, (when, self._timer_count, timer))
         if when < self._alarm_at and not self._pump_due and not self.lanes_closed:
@@ -298,8 +303,9 @@ class LaneLoop(asyncio.AbstractEventLoop):
             if not timers or timers[0][0] > limit:
                 return
             timer = heappop(timers)[2]
+            timer._scheduled = False
             if timer.cancelled():
-                self._timers_cancelled = max(0, self._timers_cancelled - 1)
+                self._timers_cancelled -= 1
             else:
                 lane = timer._context.get(LANE)  # type: ignore[attr-defined]
                 self._queues[lane or Lane.NORMAL].append(timer)

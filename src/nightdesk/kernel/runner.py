@@ -95,8 +95,9 @@ class Runner:
         return self.spare if trigger.kind == "continuous" else self.pools[priority.rank]
 
     def start(self) -> None:
-        """Begin to run what is ready."""
+        """Begin to run what is ready, also after a `stop`."""
         self._loop = asyncio.get_running_loop()
+        self._stopping = False
         for pool in self._all:
             self._kick(pool)
 
@@ -304,6 +305,8 @@ class Runner:
         """Run the rest of a cycle that suspended."""
         try:
             outcome = await self._drive(worker, entry, coroutine, awaited)
+        except GeneratorExit:
+            raise  # the loop is gone, and the worker with it
         except BaseException as error:
             self._end_badly(worker, entry, error, blocked=False)
             return

@@ -105,6 +105,10 @@ def _doubts(config: Config) -> list[str]:
         doubts.append("`state.store: memory` forgets everything when the desk stops.")
     if config.risk.max_daily_loss is None:
         doubts.append("`risk.max_daily_loss` is not set: nothing stops a losing day.")
+    listed = {each.get("symbol") for venue in config.venues for each in venue.options.get("instruments", ())}
+    strange = [symbol for symbol in config.risk.allowed_symbols if symbol not in listed]
+    if strange and listed:
+        doubts.append(f"`risk.allowed_symbols` names {', '.join(strange)}, which no venue lists.")
     silent = [entry.id for entry in config.tasks if not entry.enabled]
     if silent:
         doubts.append(f"disabled: {', '.join(silent)}.")

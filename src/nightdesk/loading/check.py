@@ -149,7 +149,7 @@ class _Checker:
             name = self._text(item, "name", path) or ""
             type_name = self._text(item, "type", path)
             if type_name is None:
-                self._missing(path, "type", f"one of {', '.join(catalog(kind))}")
+                self._missing(path, "type", f"one of {', '.join(catalog(kind))}", item)
                 continue
             name = name or type_name
             if name in found:
@@ -183,7 +183,7 @@ class _Checker:
         for path, item in [*items, *self._forgotten_tasks(root, items)]:
             type_name = self._text(item, "type", path)
             if type_name is None:
-                self._missing(path, "type", f"one of {', '.join(catalog('task'))}, or a dotted name of your own")
+                self._missing(path, "type", f"one of {', '.join(catalog('task'))}, or a dotted name of your own", item)
                 continue
             counts[type_name] = counts.get(type_name, 0) + 1
             default_id = type_name if counts[type_name] == 1 else f"{type_name}-{counts[type_name]}"
@@ -392,6 +392,10 @@ class _Checker:
     def _deep(self, raw: Any, hint: Any, path: Key) -> Any:
         """As `value`; mappings that stand for structs are checked key by key and stay mappings."""
         shape, many = parameters.struct_in(hint)
+        inner = parameters.values_of(hint)
+        if shape is None and inner is not None and isinstance(raw, Mapping):
+            given = {key: self.value(value, inner, (*path, key)) for key, value in raw.items()}
+            return _MISSING if _MISSING in given.values() else given
         if shape is None or isinstance(raw, str | bool):
             return self.value(raw, hint, path)
         if many == "one":
@@ -448,8 +452,11 @@ class _Checker:
         if value is not _MISSING:
             found[key] = value
 
-    def _missing(self, path: Key, key: str, expected: str) -> None:
-        self._problems.add(self._tree.place(path), f"`{path_text(path)}` has no `{key}`, expected {expected}.")
+    def _missing(self, path: Key, key: str, expected: str, given: Mapping[str, Any] | None = None) -> None:
+        near = nearest(key, given or ())
+        hint = f" Did you mean {key!r} by `{near}`?" if near else ""
+        place = self._tree.place((*path, near) if near else path)
+        self._problems.add(place, f"`{path_text(path)}` has no `{key}`, expected {expected}.{hint}")
 
     def _wrong(self, path: Key, raw: Any, expected: str, hint: str = "") -> None:
         text = f"`{path_text(path)}` is {shown(path, raw)}, expected {expected}.{hint}"

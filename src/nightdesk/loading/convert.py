@@ -66,7 +66,7 @@ def _as_text_type(hint: Any) -> Any:
     inner = tuple(_as_text_type(a) for a in arguments)
     if origin in (Union, types.UnionType):
         return Union[inner]  # noqa: UP007
-    return origin[inner]  # type: ignore[index]
+    return origin[inner]
 
 
 def _all_arguments(hint: Any) -> list[Any]:
@@ -88,7 +88,7 @@ def _readings(value: Any, hint: Any, key: str) -> list[Any]:
         text = str(value)
         readings = [plain_scalar(text), text]
         if get_origin(hint) in _LISTS:
-            readings.append([part.strip() for part in text.split(",") if part.strip()])
+            readings.insert(0, [part.strip() for part in text.split(",") if part.strip()])
         return [_reading(reading, hint, key) for reading in readings]
     return [_reading(value, hint, key)]
 

@@ -17,7 +17,7 @@ from nightdesk.exchange.options import PaperOptions
 from nightdesk.model.context import TaskContext
 from nightdesk.model.instrument import Instrument
 
-__all__ = ["INJECTED", "Parameter", "of_callable", "of_part", "of_struct", "of_task", "struct_in"]
+__all__ = ["INJECTED", "Parameter", "of_callable", "of_part", "of_struct", "of_task", "struct_in", "values_of"]
 
 INJECTED = frozenset({"self", "name", "clock", "directory", "on_failure", "desk"})
 """What the desk itself hands to a class or function; never a key of `desk.yaml`."""
@@ -92,3 +92,13 @@ def struct_in(hint: Any) -> tuple[type[msgspec.Struct] | None, Shape]:
         if issubclass(origin, Collection):
             return struct_in(arguments[0])[0], "list"
     return None, "one"
+
+
+def values_of(hint: Any) -> Any:
+    """Return the type of the values of a mapping by text, or None if `hint` is something else."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return next((found for found in map(values_of, arguments) if found is not None), None)
+    if isinstance(origin, type) and issubclass(origin, Mapping) and arguments[:1] == (str,):
+        return None if arguments[1] is Any else arguments[1]
+    return None

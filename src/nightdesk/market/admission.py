@@ -5,13 +5,14 @@ Goes to: market/matching.py
 """
 
 from decimal import Decimal
+from typing import Any
 
 from nightdesk.market.accounts import Accounts
 from nightdesk.market.liquidity import ShownMarket
 from nightdesk.model.instrument import Instrument
 from nightdesk.model.order import OrderRequest, OrderType, Side, TimeInForce
 
-__all__ = ["lock_rate", "refusal", "short_of_funds"]
+__all__ = ["lock_rate", "refusal", "short_of_funds", "terms"]
 
 Refusal = tuple[str, str]
 _NOTHING = Decimal(0)
@@ -66,6 +67,30 @@ def short_of_funds(
     if needed > free:
         return "INSUFFICIENT_BALANCE", f"needs {needed} {asset}, {free} are free"
     return None
+
+
+def terms(request: OrderRequest, shown: ShownMarket) -> dict[str, Any]:
+    """Return what the venue writes down of an admitted request."""
+    kind = request.type
+    trail = None
+    if kind is OrderType.TRAILING_STOP_MARKET:
+        best = shown.best(request.side.opposite)
+        assert best is not None and request.trigger_price is not None, "refused before"
+        trail = abs(best - request.trigger_price)
+    is_gtd = request.time_in_force is TimeInForce.GTD
+    return {
+        "symbol": request.symbol,
+        "side": request.side,
+        "type": kind,
+        "quantity": request.quantity,
+        "price": request.price if kind in _LIMITS else None,
+        "trigger_price": request.trigger_price if kind in _STOPS else None,
+        "trail": trail,
+        "time_in_force": request.time_in_force,
+        "post_only": request.post_only,
+        "reduce_only": request.reduce_only,
+        "expire_ns": request.expire_ns if is_gtd else None,
+    }
 
 
 def _wrong_shape(ts_ns: int, request: OrderRequest) -> Refusal | None:

@@ -30,6 +30,9 @@ class ShownMarket:
         self.book = Book()
         self.ts_ns: int | None = None
         self._quote: dict[Side, Level] = {}
+        self._best: dict[
+            Side, Level | None
+        ] = {}  # of the quote; a side without quantity has none
         self._taken: dict[Side, dict[Decimal, list[Decimal]]] = {
             Side.BUY: {},
             Side.SELL: {},
@@ -40,6 +43,9 @@ class ShownMarket:
         self._quote = {
             Side.BUY: (quote.bid, quote.bid_quantity),
             Side.SELL: (quote.ask, quote.ask_quantity),
+        }
+        self._best = {
+            side: level if level[1] > 0 else None for side, level in self._quote.items()
         }
         for side, taken in self._taken.items():
             if taken:
@@ -95,9 +101,8 @@ class ShownMarket:
                 del taken[next(iter(taken))]
 
     def _best_level(self, side: Side) -> Level | None:
-        if self._quote:
-            level = self._quote[side]
-            return level if level[1] > 0 else None
+        if self._best:
+            return self._best[side]
         return self.book.best(side) if self.book.synchronised else None
 
     def _levels(self, side: Side) -> Iterator[Level]:

@@ -16,9 +16,9 @@ from decimal import Decimal
 from heapq import heappop, heappush
 from typing import Any, Literal
 
-from nightdesk.market.admission import lock_rate, refusal, short_of_funds
-from nightdesk.market.liquidity import ShownMarket
-from nightdesk.market.resting import Resting, Working
+from nightdesk.market.admission import lock_rate, refusal, short_of_funds, terms
+from nightdesk.market.listing import Listing
+from nightdesk.market.resting import Working
 from nightdesk.market.state import VenueState
 from nightdesk.model.events import BookChanged, QuoteChanged, TradePrinted
 from nightdesk.model.instrument import Instrument
@@ -27,7 +27,6 @@ from nightdesk.model.order import (
     Liquidity,
     Order,
     OrderStatus,
-    OrderType,
     Side,
     TimeInForce,
     VenueOrder,
@@ -49,55 +48,7 @@ __all__ = ["ClientIdRule", "MatchingEngine"]
 ClientIdRule = Literal["forever", "open", "none"]
 Refusal = tuple[str, str]
 _NOTHING = Decimal(0)
-_RECENT_TRADES = 1_000
 _AT_ONCE = (TimeInForce.IOC, TimeInForce.FOK)
-
-
-class _Market:
-    """One instrument: what the feed shows, and where our orders wait.
-
-    Attributes:
-        sleeping: Stop orders before their trigger.
-        hungry: Market orders whose rest waits for more to be shown.
-        eager: Limit orders at or beyond the other side: they arrived while the market was stale, or
-            more was asked than was shown. They take the market as it is until it leaves them; at
-            their own price they could trade outside of it.
-    """
-
-    def __init__(self, instrument: Instrument) -> None:
-        self.instrument = instrument
-        self.shown = ShownMarket()
-        self.resting = {side: Resting(side) for side in Side}
-        self.sleeping: dict[str, Working] = {}
-        self.hungry: dict[str, Working] = {}
-        self.eager: dict[str, Working] = {}
-        self.reducing: dict[str, Working] = {}
-        self._recent_trades: dict[str, None] = {}
-
-    @property
-    def is_idle(self) -> bool:
-        return not (self.sleeping or self.hungry or any(self.resting.values()))
-
-    def is_fresh(self, now_ns: int, stale_after_ns: int) -> bool:
-        return (
-            self.shown.ts_ns is not None and now_ns - self.shown.ts_ns <= stale_after_ns
-        )
-
-    def is_repeated(self, trade_id: str) -> bool:
-        """Return whether a public trade came before; feeds repeat some after a reconnect."""
-        if trade_id in self._recent_trades:
-            return True
-        if trade_id:
-            self._recent_trades[trade_id] = None
-            if len(self._recent_trades) > _RECENT_TRADES:
-                del self._recent_trades[next(iter(self._recent_trades))]
-        return False
-
-    def forget(self, order: Working) -> None:
-        if order.price is not None:
-            self.resting[order.side].remove(order)
-        for place in (self.sleeping, self.hungry, self.eager, self.reducing):
-            place.pop(order.venue_order_id, None)
 
 
 class MatchingEngine:
@@ -142,7 +93,7 @@ class MatchingEngine:
         self._patience_ns = round(market_patience_s * 1e9)
         self._max_open = max_open_orders
         self._markets = {
-            instrument.symbol: _Market(instrument) for instrument in instruments
+            instrument.symbol: Listing(instrument) for instrument in instruments
         }
         self._state = VenueState(
             {m.instrument.symbol: m.instrument for m in self._markets.values()}, history
@@ -167,13 +118,21 @@ class MatchingEngine:
     ) -> list[StatementRow]:
         """Take an order: the first row that names it is `Placed` or `Refused`, then comes what it met at once."""
         self._begin(ts_ns)
-        refused = self._refusal(order, account)
+        request = order.request
+        refused, rate = self._refusal(order, account), _NOTHING
+        if not refused and self._check_funds:
+            market = self._markets[request.symbol]
+            rate = lock_rate(request, market.instrument, market.shown)
+            accounts = self._state.accounts
+            refused = short_of_funds(
+                request, market.instrument, rate, account, accounts
+            )
         if refused:
             self._refuse(
-                Refused, order.client_order_id, order.request.symbol, account, refused
+                Refused, order.client_order_id, request.symbol, account, refused
             )
             return self._end()
-        working = self._place(order, account)
+        working = self._place(order, account, rate)
         if working.awake:
             self._work(working)
         return self._end()
@@ -207,8 +166,8 @@ class MatchingEngine:
         self._begin(ts_ns)
         market.shown.on_quote(self._now, quote)
         if not market.is_idle:
-            for resting in market.resting.values():
-                resting.update_queues(market.shown)
+            market.buys.update_queues(market.shown)
+            market.sells.update_queues(market.shown)
             self._react(market)
         return self._end()
 
@@ -220,7 +179,7 @@ class MatchingEngine:
         self._begin(ts_ns)
         if market.shown.on_book(self._now, change) and not market.is_idle:
             for side, levels in ((Side.BUY, change.bids), (Side.SELL, change.asks)):
-                resting = market.resting[side]
+                resting = market.resting(side)
                 prices = (
                     resting.prices()
                     if change.is_snapshot
@@ -237,15 +196,15 @@ class MatchingEngine:
         if market is None or market.is_repeated(trade.trade_id):
             return []
         self._begin(ts_ns)
-        for order, share in market.resting[trade.side.opposite].hit(
-            trade.price, trade.quantity
-        ):
+        reached = market.resting(trade.side.opposite)
+        for order, share in reached.hit(trade.price, trade.quantity):
             if order.venue_order_id in market.eager:
                 self._fill(order, share, trade.price, Liquidity.TAKER)
             else:
                 assert order.price is not None
                 self._fill(order, share, order.price, Liquidity.MAKER)
-        self._update_eager(market)
+        if market.eager:
+            self._update_eager(market)
         return self._end()
 
     def advance(self, ts_ns: int) -> list[StatementRow]:
@@ -341,22 +300,12 @@ class MatchingEngine:
         refused = refusal(
             self._now, request, market.instrument, market.shown, self._is_fresh(market)
         )
-        if refused:
+        if refused or not request.reduce_only:
             return refused
-        if (
-            request.reduce_only
-            and self._reducible(market.instrument, account, request.side) <= 0
-        ):
-            return (
-                "REDUCE_ONLY_WOULD_INCREASE_POSITION",
-                f"there is nothing for a {request.side} to reduce",
-            )
-        if not self._check_funds:
-            return None
-        rate = lock_rate(request, market.instrument, market.shown)
-        return short_of_funds(
-            request, market.instrument, rate, account, self._state.accounts
-        )
+        if self._reducible(market.instrument, account, request.side) <= 0:
+            why = f"there is nothing for a {request.side} to reduce"
+            return "REDUCE_ONLY_WOULD_INCREASE_POSITION", why
+        return None
 
     def _is_taken(self, client_order_id: str) -> bool:
         if self._client_ids == "none":
@@ -366,41 +315,15 @@ class MatchingEngine:
             self._client_ids == "forever" or known in self._state.open
         )
 
-    def _place(self, order: Order, account: str) -> Working:
-        request = order.request
-        market = self._markets[request.symbol]
-        trail = None
-        if request.type is OrderType.TRAILING_STOP_MARKET:
-            best = market.shown.best(request.side.opposite)
-            assert best is not None
-            assert request.trigger_price is not None
-            trail = abs(best - request.trigger_price)
+    def _place(self, order: Order, account: str, rate: Decimal) -> Working:
         venue_order_id = str(self._state.order_number + 1)
         self._write(
             Placed,
             account,
             venue_order_id=venue_order_id,
             client_order_id=order.client_order_id,
-            symbol=request.symbol,
-            side=request.side,
-            type=request.type,
-            quantity=request.quantity,
-            price=request.price
-            if request.type in (OrderType.LIMIT, OrderType.STOP_LIMIT)
-            else None,
-            trigger_price=request.trigger_price
-            if request.type not in (OrderType.LIMIT, OrderType.MARKET)
-            else None,
-            trail=trail,
-            time_in_force=request.time_in_force,
-            post_only=request.post_only,
-            reduce_only=request.reduce_only,
-            expire_ns=request.expire_ns
-            if request.time_in_force is TimeInForce.GTD
-            else None,
-            lock_rate=lock_rate(request, market.instrument, market.shown)
-            if self._check_funds
-            else _NOTHING,
+            lock_rate=rate,
+            **terms(order.request, self._markets[order.request.symbol].shown),
         )
         working = self._state.orders[venue_order_id]
         self._index(working)
@@ -438,7 +361,7 @@ class MatchingEngine:
             market.hungry[order.venue_order_id] = order
             self._wake_at(self._now + self._patience_ns, order)
 
-    def _rest(self, market: _Market, order: Working, is_fresh: bool) -> None:
+    def _rest(self, market: Listing, order: Working, is_fresh: bool) -> None:
         assert order.price is not None
         best = market.shown.best(order.side.opposite)
         if is_fresh:
@@ -447,9 +370,9 @@ class MatchingEngine:
             best is not None and (order.price - best) * order.side.sign >= 0
         ):
             market.eager[order.venue_order_id] = order
-        market.resting[order.side].add(order)
+        market.resting(order.side).add(order)
 
-    def _react(self, market: _Market) -> None:
+    def _react(self, market: Listing) -> None:
         """Answer a market that has just changed: stops first, then whatever can trade now."""
         if not self._is_fresh(market):
             return
@@ -457,28 +380,23 @@ class MatchingEngine:
             self._maybe_trigger(market, order)
         for order in list(market.hungry.values()):
             self._take(market, order)
-        for side, resting in market.resting.items():
-            best = market.shown.best(side.opposite)
-            if best is None or not resting:
-                continue
-            for order in resting.reached(best):
-                self._take(
-                    market, order, as_maker=order.venue_order_id not in market.eager
-                )
-        self._update_eager(market)
+        reached = self._reached(market)
+        for order in reached:
+            self._take(market, order, as_maker=order.venue_order_id not in market.eager)
+        if reached or market.eager:
+            self._update_eager(market)
 
-    def _update_eager(self, market: _Market) -> None:
-        market.eager.clear()
-        if not self._is_fresh(market):
-            return
-        for side, resting in market.resting.items():
-            best = market.shown.best(side.opposite)
-            if best is not None and resting:
-                market.eager.update(
-                    (order.venue_order_id, order) for order in resting.reached(best)
-                )
+    def _update_eager(self, market: Listing) -> None:
+        reached = self._reached(market) if self._is_fresh(market) else []
+        market.eager = {order.venue_order_id: order for order in reached}
 
-    def _take(self, market: _Market, order: Working, *, as_maker: bool = False) -> None:
+    def _reached(self, market: Listing) -> list[Working]:
+        """Return the resting orders that the other side of the market stands at or beyond."""
+        ask, bid = market.shown.best(Side.SELL), market.shown.best(Side.BUY)
+        buys = market.buys.reached(ask) if ask is not None else []
+        return buys + (market.sells.reached(bid) if bid is not None else [])
+
+    def _take(self, market: Listing, order: Working, *, as_maker: bool = False) -> None:
         """Fill `order` from what is shown. As the maker it trades at its own price."""
         liquidity = Liquidity.MAKER if as_maker else Liquidity.TAKER
         for shown_price, shown in self._offers(market, order):
@@ -493,20 +411,21 @@ class MatchingEngine:
             if quantity < wanted and not order.status.is_terminal:
                 self._finish(order, OrderStatus.CANCELED, "INSUFFICIENT_BALANCE")
 
-    def _offers(self, market: _Market, order: Working) -> list[tuple[Decimal, Decimal]]:
+    def _offers(self, market: Listing, order: Working) -> list[tuple[Decimal, Decimal]]:
         """Return the shown levels, in whole lots, that cover what the order still wants."""
         needed = self._wanted(order)
         offers = []
         for price, shown in market.shown.against(order.side, order.price):
             if needed <= 0:
                 break
-            quantity = market.instrument.floor_quantity(shown)
+            enough = shown >= needed
+            quantity = needed if enough else market.instrument.floor_quantity(shown)
             if quantity > 0:
                 needed -= quantity
                 offers.append((price, quantity))
         return offers
 
-    def _could_fill(self, market: _Market, order: Working) -> bool:
+    def _could_fill(self, market: Listing, order: Working) -> bool:
         return (
             sum((quantity for _, quantity in self._offers(market, order)), _NOTHING)
             >= order.remaining
@@ -550,9 +469,13 @@ class MatchingEngine:
         self, order: Working, quantity: Decimal, price: Decimal, liquidity: Liquidity
     ) -> None:
         instrument = order.instrument
-        quantity = instrument.floor_quantity(min(quantity, self._wanted(order)))
+        wanted = self._wanted(order)
+        quantity = wanted if wanted <= quantity else instrument.floor_quantity(quantity)
         if quantity <= 0:
             return
+        tick = instrument.tick_size
+        if not price.same_quantum(tick) and not price % tick:
+            price = price.quantize(tick)  # feeds pad with zeros; digits are not endless
         rate = (
             instrument.maker_fee
             if liquidity is Liquidity.MAKER
@@ -581,7 +504,7 @@ class MatchingEngine:
             if self._reducible(instrument, other.account, other.side) <= 0:
                 self._finish(other, OrderStatus.CANCELED, "REDUCE_ONLY")
 
-    def _maybe_trigger(self, market: _Market, order: Working) -> None:
+    def _maybe_trigger(self, market: Listing, order: Working) -> None:
         best = market.shown.best(order.side.opposite)
         if best is None or order.trigger_price is None or order.status.is_terminal:
             return
@@ -668,11 +591,11 @@ class MatchingEngine:
         self._state.apply(row)
         self._rows.append(row)
 
-    def _market(self, symbol: str) -> _Market | None:
+    def _market(self, symbol: str) -> Listing | None:
         market = self._markets.get(symbol)
         if market is None:
             self.unknown_symbols += 1
         return market
 
-    def _is_fresh(self, market: _Market) -> bool:
+    def _is_fresh(self, market: Listing) -> bool:
         return market.is_fresh(self._now, self._stale_after_ns)

@@ -96,16 +96,19 @@ class Resting:
 
     def __init__(self, side: Side) -> None:
         self.side = side
+        self._is_buy = side is Side.BUY
+        self._best: Decimal | None = None  # asked far more often than it changes
         self._levels: SortedDict[Decimal, dict[str, Working]] = SortedDict()
 
     def __bool__(self) -> bool:
-        return bool(self._levels)
+        return self._best is not None
 
     def add(self, order: Working) -> None:
         assert order.price is not None
         level = self._levels.get(order.price)
         if level is None:
             level = self._levels[order.price] = {}
+            self._best = self._levels.peekitem(-1 if self._is_buy else 0)[0]
         level[order.venue_order_id] = order
 
     def remove(self, order: Working) -> None:
@@ -114,12 +117,23 @@ class Resting:
             return
         if not level:
             del self._levels[order.price]
+            at_best = -1 if self._is_buy else 0
+            self._best = self._levels.peekitem(at_best)[0] if self._levels else None
+
+    def is_reached(self, price: Decimal) -> bool:
+        """Return whether any order stands at `price` or better for the other side."""
+        best = self._best
+        if best is None:
+            return False
+        return best >= price if self._is_buy else best <= price
 
     def prices(self) -> list[Decimal]:
         return list(self._levels)
 
     def reached(self, price: Decimal) -> list[Working]:
         """Return the orders at `price` or better for the other side, by price, then time."""
+        if not self.is_reached(price):
+            return []
         return [
             order
             for p in self._prices_from(price)
@@ -137,7 +151,9 @@ class Resting:
         """
         if changed is None:
             best = shown.best(self.side)
-            prices: list[Decimal] = self._prices_from(best) if best is not None else []
+            if best is None or not self.is_reached(best):
+                return
+            prices = self._prices_from(best)
         else:
             prices = [price for price in changed if price in self._levels]
         for price in prices:
@@ -176,6 +192,6 @@ class Resting:
                 yield order, share
 
     def _prices_from(self, price: Decimal) -> list[Decimal]:
-        if self.side is Side.BUY:
+        if self._is_buy:
             return list(self._levels.irange(minimum=price, reverse=True))
         return list(self._levels.irange(maximum=price))

@@ -7,14 +7,12 @@ Comes from: sources/_binance.py, sources/_bars.py
 Goes to: sources/replay.py
 """
 
-import gzip
-import io
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import IO
 
 import msgspec
 
@@ -29,6 +27,8 @@ __all__ = ["FORMATS", "Naming", "Problems", "Stamped", "detect", "events_of"]
 
 FORMATS = ("binance", "trades", "lean", "candles")
 _SECOND = 1_000_000_000
+_CHUNK = 256 * 1024
+_GZIP = 31  # zlib's word for a gzip header and trailer
 _BAD_LINE = (ValueError, ArithmeticError, InvalidOperation, msgspec.MsgspecError)
 
 
@@ -40,8 +40,12 @@ def detect(path: Path) -> str:
     """
     if path.suffix == ".zip":
         return "lean"
-    with _open(path) as stream:
-        start = stream.read(200).lstrip()
+    try:
+        start = next(_chunks(path), b"").lstrip()[:200]
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(
+            str(path), [f"the recording cannot be read: {error}."]
+        ) from error
     if re.match(rb"\d{16,20} [\[{]", start):
         return "binance"
     if re.match(rb"\d{9,10}(\.\d+)?,[\d.eE+-]+,[\d.eE+-]+\s", start):
@@ -68,21 +72,20 @@ def events_of(
     }[format_]
     try:
         yield from parser(path, naming, problems)
-    except (OSError, EOFError, zipfile.BadZipFile, gzip.BadGzipFile) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         problems.add(str(path), 0, f"ends early: {error}")
 
 
 def _binance(path: Path, naming: Naming, problems: Problems) -> Iterator[Stamped]:
     messages = BinanceMessages(naming)
-    with _open(path) as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                event = messages.parse(line)
-            except _BAD_LINE as error:
-                problems.add(str(path), number, str(error))
-                continue
-            if event is not None:
-                yield event
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            event = messages.parse(line)
+        except _BAD_LINE as error:
+            problems.add(str(path), number, str(error))
+            continue
+        if event is not None:
+            yield event
 
 
 def _trades(path: Path, naming: Naming, problems: Problems) -> Iterator[Stamped]:
@@ -95,38 +98,37 @@ def _trades(path: Path, naming: Naming, problems: Problems) -> Iterator[Stamped]
         f"BTC{currency[0]}" if currency else path.name.split(".")[0]
     )
     side, last = Side.BUY, Decimal(0)
-    with _open(path) as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                seconds, price_text, quantity_text = line.decode().strip().split(",")
-                stamp = round(Decimal(seconds) * _SECOND)
-                price, quantity = (
-                    Decimal(price_text).normalize() + 0,
-                    Decimal(quantity_text).normalize() + 0,
-                )
-                if not (price > 0 and quantity > 0):
-                    raise ValueError(
-                        f"price {price} and quantity {quantity} must be above 0"
-                    )
-            except _BAD_LINE as error:
-                problems.add(str(path), number, str(error))
-                continue
-            if price != last:
-                side = Side.BUY if price > last else Side.SELL
-                last = price
-            yield (
-                stamp,
-                TradePrinted(
-                    symbol=symbol,
-                    venue=naming.venue,
-                    price=price,
-                    quantity=quantity,
-                    side=side,
-                    trade_id=str(number),
-                    ts_event_ns=stamp,
-                    ts_received_ns=stamp,
-                ),
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            seconds, price_text, quantity_text = line.decode().strip().split(",")
+            stamp = round(Decimal(seconds) * _SECOND)
+            price, quantity = (
+                Decimal(price_text).normalize() + 0,
+                Decimal(quantity_text).normalize() + 0,
             )
+            if not (price > 0 and quantity > 0):
+                raise ValueError(
+                    f"price {price} and quantity {quantity} must be above 0"
+                )
+        except _BAD_LINE as error:
+            problems.add(str(path), number, str(error))
+            continue
+        if price != last:
+            side = Side.BUY if price > last else Side.SELL
+            last = price
+        yield (
+            stamp,
+            TradePrinted(
+                symbol=symbol,
+                venue=naming.venue,
+                price=price,
+                quantity=quantity,
+                side=side,
+                trade_id=str(number),
+                ts_event_ns=stamp,
+                ts_received_ns=stamp,
+            ),
+        )
 
 
 def _lean(path: Path, naming: Naming, problems: Problems) -> Iterator[Stamped]:
@@ -139,10 +141,8 @@ def _lean(path: Path, naming: Naming, problems: Problems) -> Iterator[Stamped]:
 
 
 def _candles(path: Path, naming: Naming, problems: Problems) -> Iterator[Stamped]:
-    with _open(path) as stream:
-        yield from _guarded(
-            path, json_bars(path, stream.read(), naming, problems), problems
-        )
+    data = b"".join(_chunks(path))
+    yield from _guarded(path, json_bars(path, data, naming, problems), problems)
 
 
 def _guarded(
@@ -154,12 +154,29 @@ def _guarded(
         problems.add(str(path), 0, f"cannot be read: {error}")
 
 
-def _open(path: Path) -> IO[bytes]:
-    try:
-        if path.suffix == ".gz":
-            return io.BufferedReader(gzip.open(path))
-        return path.open("rb")
-    except OSError as error:
-        raise ConfigError(
-            str(path), [f"the recording cannot be opened: {error.strerror or error}"]
-        ) from error
+def _lines(path: Path) -> Iterator[bytes]:
+    rest = b""
+    for chunk in _chunks(path):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    """Yield the content, unpacked. A file that breaks off gives all that it holds before the error."""
+    with path.open("rb") as stream:
+        if path.suffix != ".gz":
+            while chunk := stream.read(_CHUNK):
+                yield chunk
+            return
+        unpack = zlib.decompressobj(_GZIP)
+        while chunk := stream.read(_CHUNK):
+            yield unpack.decompress(chunk)
+            while (
+                unpack.eof and unpack.unused_data
+            ):  # files may be several gzips in a row
+                chunk, unpack = unpack.unused_data, zlib.decompressobj(_GZIP)
+                yield unpack.decompress(chunk)
+        if not unpack.eof:
+            raise EOFError("the compressed data is cut off")

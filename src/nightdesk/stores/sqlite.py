@@ -69,6 +69,7 @@ class SqliteStore(DirectoryStore):
         self._connection: apsw.Connection | None = None
         self._wal_pages = 0
         self._checkpoint_at = _CHECKPOINT_PAGES
+        self._sound = False
         self.migrated_from: int | None = None
 
     # --- opening -----------------------------------------------------------------------------
@@ -81,21 +82,14 @@ class SqliteStore(DirectoryStore):
             )  # SQLite would create it readable for everyone
         try:
             return self._open()
-        except (
-            apsw.Error,
-            OSError,
-            UnicodeDecodeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except (apsw.Error, OSError, TypeError, ValueError) as error:
             raise schema.translate(str(self.path), error) from error
 
     def _open(self) -> int:
         connection = apsw.Connection(str(self.path), vfs=self._vfs)
         self._connection = connection
-        connection.set_busy_timeout(
-            5000
-        )  # a backup in another process may hold it for a moment
+        # A backup in another process may hold it for a moment.
+        connection.set_busy_timeout(5000)
         version = schema.check_schema(
             connection,
             str(self.path),
@@ -124,10 +118,8 @@ class SqliteStore(DirectoryStore):
         return epoch
 
     def _check(self, connection: apsw.Connection) -> None:
-        pages, size = (
-            int(connection.pragma("page_count")),
-            int(connection.pragma("page_size")),
-        )
+        pages = int(connection.pragma("page_count"))
+        size = int(connection.pragma("page_size"))
         if pages * size > self.full_check_bytes:
             return
         bad = schema.verify(connection, str(self.path))
@@ -150,6 +142,7 @@ class SqliteStore(DirectoryStore):
     def begin(self) -> None:
         try:
             self._db.execute("UPDATE meta SET epoch = ?", (self.epoch,))
+            self._sound = True
         except apsw.Error as error:
             raise schema.translate(str(self.path), error) from error
 
@@ -157,8 +150,9 @@ class SqliteStore(DirectoryStore):
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        if self.state == "failed":
-            # After a failed fsync nothing that the kernel still shows may be believed.
+        if self.state == "failed" or not self._sound:
+            # What the kernel still shows after a failed fsync may not be believed, and what
+            # was found damaged is left as it is: without this, closing would tidy up the log.
             connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         with contextlib.suppress(apsw.Error):
             connection.close()

@@ -417,7 +417,7 @@ def _raise_flag(directory: Path, mode: str, actor: str, reason: str) -> Path:
 
     path = directory / FLAG_NAME
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    body = json.dumps({"reason": reason, "actor": actor, "at": at, "mode": mode}) + "\n"
+    body = f"{reason} (by {actor}, {at}, asked to {mode})\n"
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=directory, prefix=".halt-")

@@ -463,7 +463,7 @@ class Host(Observer):
         return DONE
 
     async def _remove(self, task_id: str) -> bool:
-        ended = await self.scheduler.remove(task_id)
+        ended = await self.scheduler.remove(task_id, timeout_s=2.0)
         resident = self._residents.get(task_id)
         if ended and resident is not None:
             await self._end_task(resident)

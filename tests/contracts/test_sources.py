@@ -23,8 +23,7 @@ def replay(directory: Path) -> Source:
     path = directory / "trades.csv"
     path.write_text(
         "".join(
-            f"{1_315_922_016 + number},5.{number % 9 + 1},1.0\n"
-            for number in range(500)
+            f"{1_315_922_016 + number},5.{number % 9 + 1},1.0\n" for number in range(50)
         )
     )
     return ReplaySource("replay", files=[path], venue="a")
@@ -100,7 +99,7 @@ async def test_only_a_source_with_an_end_finishes(tmp_path: Path) -> None:
     finished = {}
     for name in KNOWN:
         source = MAKERS[name](tmp_path)
-        await run(source, 1000)
+        await run(source, 60)
         finished[name] = source.finished
 
     assert finished == {"replay": True, "simulated": False}

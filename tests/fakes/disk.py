@@ -35,7 +35,10 @@ class BadDisk(apsw.VFS):
 
     def check(self, method: str) -> None:
         if self.failing == method:
-            raise {"xSync": apsw.IOError("injected"), "xWrite": apsw.FullError("injected")}[method]
+            raise {
+                "xSync": apsw.IOError("injected"),
+                "xWrite": apsw.FullError("injected"),
+            }[method]
 
 
 class _BadFile(apsw.VFSFile):
@@ -71,7 +74,9 @@ class MemoryOfDisk(apsw.VFS):
 class _NotedFile(apsw.VFSFile):
     def __init__(self, disk: MemoryOfDisk, name: Any, flags: list[int]) -> None:
         self._note = disk.events.append
-        self._file = Path(name.filename() if isinstance(name, apsw.URIFilename) else name).name
+        self._file = Path(
+            name.filename() if isinstance(name, apsw.URIFilename) else name
+        ).name
         super().__init__("", name, flags)
 
     def xWrite(self, data: bytes, offset: int) -> None:
@@ -96,11 +101,19 @@ def crash_state(events: list[Event], chance: random.Random) -> dict[str, bytes]:
     files: dict[str, bytearray] = {}
     for file in sorted({event.file for event in events if event.file}):
         own = [event for event in events if event.file == file]
-        deleted = max((number for number, event in enumerate(own) if event.what == "delete"), default=-1)
-        own = own[deleted + 1 :]  # SQLite syncs the directory after it deletes a journal
+        deleted = max(
+            (number for number, event in enumerate(own) if event.what == "delete"),
+            default=-1,
+        )
+        own = own[
+            deleted + 1 :
+        ]  # SQLite syncs the directory after it deletes a journal
         if not own:
             continue
-        synced = max((number for number, event in enumerate(own) if event.what == "sync"), default=-1)
+        synced = max(
+            (number for number, event in enumerate(own) if event.what == "sync"),
+            default=-1,
+        )
         content = files.setdefault(file, bytearray())
         for number, event in enumerate(own):
             if number <= synced:

@@ -183,7 +183,7 @@ async def running_pool(
 
 
 async def until(
-    condition: Callable[[], Any], what: str = "", timeout_s: float = 20.0
+    condition: Callable[[], Any], what: str = "", timeout_s: float = 60.0
 ) -> None:
     """Wait until `condition` holds; fail, saying `what` was waited for."""
     try:

@@ -130,6 +130,9 @@ class ManualClock:
         self.ns = start_ns
         self._sleepers: list[tuple[int, int, asyncio.Future[None]]] = []
         self._number = 0
+        self.turns = (
+            12  # loop iterations that everything gets to react before time moves on
+        )
 
     def now_ns(self) -> int:
         return self.ns
@@ -148,20 +151,20 @@ class ManualClock:
 
     async def advance(self, seconds: float) -> None:
         """Move time, waking every sleeper at its own instant and letting it work before the next."""
-        await settle()
+        await settle(self.turns)
         end = self.ns + round(seconds * 1e9)
         while self._sleepers and self._sleepers[0][0] <= end:
             due, _, future = heappop(self._sleepers)
             self.ns = max(self.ns, due)
             if not future.done():
                 future.set_result(None)
-            await settle()
+            await settle(self.turns)
         self.ns = end
 
 
-async def settle() -> None:
+async def settle(turns: int = 12) -> None:
     """Let every ready callback run."""
-    for _ in range(12):
+    for _ in range(turns):
         await asyncio.sleep(0)
 
 

@@ -415,7 +415,8 @@ def test_conflated_events_wait_while_the_background_is_parked(
             await asyncio.sleep(0)
         assert seen == []
         loop.open_lanes()
-        await asyncio.sleep(0.001)
+        for _ in range(30):
+            await asyncio.sleep(0)
 
     loop.run_until_complete(main())
     loop.close()

@@ -61,6 +61,7 @@ def test_what_a_background_task_starts_inherits_its_lane_also_in_a_library(
         await asyncio.gather(leaf(), asyncio.wait_for(leaf(), 1.0))
         asyncio.get_running_loop().call_later(0, lambda: seen.append(LANE.get()))
         await asyncio.sleep(0.002)
+        await rounds(30)
 
     async def main() -> None:
         with lane(Lane.LOW):
@@ -199,12 +200,14 @@ def test_closed_lanes_run_nothing_and_lose_nothing(loop: LaneLoop) -> None:
             loop.call_soon(ran.append, "callback")
         loop.call_soon_threadsafe(ran.append, "desk")
         await asyncio.sleep(0.01)
+        await rounds(30)
         assert ran == ["desk"]
         assert loop.lane_stats()["closed"]
         assert loop.queued == 2
         loop.open_lanes()
         loop.open_lanes()
         await asyncio.sleep(0.01)
+        await rounds(30)
 
     loop.run_until_complete(main())
 
@@ -240,9 +243,11 @@ def test_timers_that_fall_due_while_the_lanes_are_closed_ring_when_they_open(
         await asyncio.sleep(0)
         loop.close_lanes()
         await asyncio.sleep(0.005)
+        await rounds(30)
         assert ran == []
         loop.open_lanes()
         await asyncio.sleep(0.005)
+        await rounds(30)
 
     loop.run_until_complete(main())
 
@@ -264,6 +269,7 @@ def test_background_timers_ring_in_order_and_cancelled_ones_do_not(
         timers[1].cancel()
         assert at.when() > loop.time()
         await asyncio.sleep(0.02)
+        await rounds(30)
 
     loop.run_until_complete(main())
 
@@ -280,6 +286,7 @@ def test_many_cancelled_timers_do_not_stay_in_memory(loop: LaneLoop) -> None:
         assert len(loop._timers) < 200
         kept.cancel()
         await asyncio.sleep(0.005)
+        await rounds(30)
         assert loop.lane_stats()["timers"] == 0
 
     loop.run_until_complete(main())
@@ -311,6 +318,7 @@ def test_an_earlier_timer_moves_the_alarm(loop: LaneLoop) -> None:
             loop.call_later(60, ran.append, "late")
             loop.call_later(0.001, ran.append, "early")
         await asyncio.sleep(0.01)
+        await rounds(30)
 
     loop.run_until_complete(main())
 
@@ -559,6 +567,7 @@ def test_asyncio_run_cleans_up_also_when_the_lanes_are_closed(
             await anext(generator)
             loop.create_task(background())
         await asyncio.sleep(0.002)
+        await rounds(30)
         loop.close_lanes()
 
     with warnings.catch_warnings():

@@ -192,6 +192,22 @@ def test_a_nonsensical_delay_means_at_once(world: World, delay: float) -> None:
     assert world.count("a") == 2
 
 
+@pytest.mark.parametrize("value", ["text", True, {"rows": 3}])
+def test_a_result_that_is_no_delay_is_ignored(world: World, value: Any) -> None:
+    """Plain functions return what they like."""
+
+    async def body() -> Any:
+        return value
+
+    world.add("a", body, every_s=1.0)
+    world.add("once", body, schedule=Schedule(once=True))
+
+    world.play(2.5)
+
+    assert world.count("a") == 3
+    assert world.scheduler.health("once").status == "completed"
+
+
 def test_continuous_tasks_use_spare_time_and_starve_nobody(world: World) -> None:
     async def one_ms() -> None:
         world.loop._now_ns += 1_000_000
@@ -427,6 +443,20 @@ def test_continuous_and_cron_tasks_rest_while_their_market_is_closed(
     assert world.times("minutely") == pytest.approx([1], abs=0.002)
 
 
+def test_a_restart_waits_for_the_market_to_open(make: Make) -> None:
+    world = make("2026-11-23T09:59:57+00:00", calendars=FixedHours())
+
+    async def body() -> None:
+        raise ValueError("x")
+
+    schedule = Schedule(open_s=1.0, closed_s="pause", calendar="NSE")
+    world.add("a", body, schedule=schedule)
+    world.play(3600)
+
+    assert world.count("a") == 2
+    assert "paused until Wed" in world.scheduler.next_run_in_words("a")
+
+
 def test_a_market_that_opens_no_more_is_said_so(make: Make) -> None:
     world = make("2026-11-28T00:00:00+00:00", calendars=FixedHours())
     world.add("a", schedule=Schedule(open_s=5.0, calendar="NSE"))
@@ -545,6 +575,21 @@ def test_trigger_runs_a_task_now_and_leaves_its_grid_alone(world: World) -> None
     assert world.times("a") == pytest.approx([0, 3, 10], abs=0.01)
 
 
+def test_trigger_cuts_a_backoff_short(world: World) -> None:
+    async def body() -> None:
+        if world.count("a") < 5:
+            raise ValueError("x")
+
+    world.add("a", body, schedule=Schedule(cron="0 0 1 1 *"))
+    world.play(1)
+    for _ in range(5):
+        world.scheduler.trigger("a")
+        world.play(0.1)
+
+    assert world.count("a") == 5
+    assert world.scheduler.health("a").status == "waiting"
+
+
 def test_trigger_refuses_what_is_set_aside(world: World) -> None:
     world.add("a", every_s=10.0)
     world.play(1)
@@ -632,6 +677,34 @@ def test_tasks_may_come_and_go_while_others_run(world: World) -> None:
     assert (world.count("a"), world.count("b")) == (2, 3)
     assert not world.scheduler.knows("a")
     assert world.scheduler.task_count == 1
+
+
+def test_a_task_added_later_must_come_after_tasks_that_exist(world: World) -> None:
+    world.add("a", every_s=1.0)
+    world.play(1)
+
+    with pytest.raises(UnknownTaskError, match="no task 'b'"):
+        world.add("c", every_s=1.0, after=("b",))
+    world.add("d", every_s=1.0, after=("a",))
+    world.play(2)
+    world.do(world.scheduler.remove("d"))
+
+    assert not world.scheduler.knows("c")
+    assert world.scheduler._entries["a"].dependents == []
+
+
+def test_adjusting_a_task_that_waits_for_its_turn_loses_nothing(make: Make) -> None:
+    world = make(max_concurrent=1)
+    world.add("slow", lambda: asyncio.sleep(5), schedule=Schedule(once=True))
+    world.add("a", schedule=Schedule(on=("X",)))
+    world.play(1)
+    world.scheduler.wake("a")
+    assert world.scheduler.next_run_in_words("a") == "waits for its turn"
+
+    world.scheduler.adjust("a", priority="critical")
+    world.play(10)
+
+    assert world.count("a") == 1
 
 
 def test_unknown_and_duplicate_ids_are_refused(world: World) -> None:

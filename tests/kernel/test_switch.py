@@ -71,6 +71,12 @@ def opportunity(
     return Opportunity(**(fields | changes))
 
 
+async def settle() -> None:
+    """Let everything that is ready run, and what it makes ready: by count, not by time."""
+    for _ in range(30):
+        await asyncio.sleep(0)
+
+
 async def ready(
     switch: Switch,
     handle: Callable[[Opportunity], Awaitable[None]],
@@ -106,7 +112,7 @@ def test_the_first_line_of_the_handler_runs_before_on_opportunity_returns(
         switch.on_opportunity(opportunity(clock))
         assert ran == [(100, Lane.DESK, "arbitrage", "arbitrage", True)]
         assert asyncio.current_task() is not None
-        await asyncio.sleep(0.001)
+        await settle()
 
     loop.run_until_complete(main())
 
@@ -129,7 +135,7 @@ def test_it_starts_at_once_also_from_a_callback_outside_any_task(
         loop.call_soon(
             lambda: (switch.on_opportunity(opportunity(clock)), after.append(list(ran)))
         )
-        await asyncio.sleep(0.001)
+        await settle()
         assert after == [[100]]
 
     loop.run_until_complete(main())
@@ -147,7 +153,7 @@ def test_a_handler_set_in_this_very_iteration_runs_in_the_next(
         switch = Switch(loop, clock)
         switch.set_handler("arbitrage", handle)
         switch.on_opportunity(opportunity(clock))
-        await asyncio.sleep(0.001)
+        await settle()
         assert switch.stats()["outcomes"] == {"handled": 1}
 
     loop.run_until_complete(main())
@@ -183,15 +189,15 @@ def test_the_background_stands_still_until_the_handler_ends(
         with lane(Lane.NORMAL):
             task = loop.create_task(background())
         await ready(switch, handle)
-        await asyncio.sleep(0.001)
+        await settle()
         before = steps[0]
         assert before > 0
         switch.on_opportunity(opportunity(clock))
-        await asyncio.sleep(0.001)
+        await settle()
         assert steps[0] == before
         assert switch.stats()["active"] == ["arbitrage"]
         go_on.set_result(None)
-        await asyncio.sleep(0.001)
+        await settle()
         assert steps[0] > before
         assert switch.traces[-1].parked == 1
         task.cancel()
@@ -229,7 +235,7 @@ def test_an_opportunity_found_by_a_background_task_does_not_park_its_own_handler
         await task
         assert ran == []
         store.pending[0].set_result(None)
-        await asyncio.sleep(0.001)
+        await settle()
         assert ran == [100]
         assert not loop.lanes_closed
 
@@ -362,7 +368,7 @@ def test_waiting_opportunities_run_one_at_a_time_best_edge_first(
         assert (switch.stats()["waiting"], switch.stats()["dropped"]) == (3, 1)
         for number in range(4):
             gates[number].set_result(None)
-            await asyncio.sleep(0.001)
+            await settle()
 
     loop.run_until_complete(main())
 
@@ -413,7 +419,7 @@ def test_an_opportunity_that_grows_late_while_it_waits_is_not_run(
         switch.on_opportunity(opportunity(clock, deadline_s=0.1))
         clock.jump(0.2)
         gate.set_result(None)
-        await asyncio.sleep(0.001)
+        await settle()
         assert switch.stats()["outcomes"] == {"handled": 1, "late": 1}
 
     loop.run_until_complete(main())
@@ -436,10 +442,10 @@ def test_several_handlers_may_be_under_way_when_asked_for(
         await asyncio.sleep(0)
         assert len(switch.stats()["active"]) == 2
         gates[1].set_result(None)
-        await asyncio.sleep(0.001)
+        await settle()
         assert loop.lanes_closed
         gates[2].set_result(None)
-        await asyncio.sleep(0.001)
+        await settle()
         assert not loop.lanes_closed
 
     loop.run_until_complete(main())
@@ -467,10 +473,11 @@ def test_a_handler_that_waits_too_long_lets_the_background_run_in_the_gaps(
         switch.on_opportunity(opportunity(clock))
         assert loop.lanes_closed
         await asyncio.sleep(0.01)
+        await settle()
         assert not loop.lanes_closed
         assert switch.stats()["active"] == ["arbitrage"]
         gate.set_result(None)
-        await asyncio.sleep(0.001)
+        await settle()
         assert switch.traces[-1].outcome == "handled"
 
     loop.run_until_complete(main())
@@ -498,11 +505,12 @@ def test_a_handler_without_end_is_cancelled_and_the_next_one_served(
         switch.on_opportunity(opportunity(clock, 1))
         switch.on_opportunity(opportunity(clock, 2))
         await asyncio.sleep(0.02)
+        await settle()
         assert ran == [1, 2]
         assert [t.outcome for t in switch.traces] == ["timeout", "handled"]
         assert not loop.lanes_closed
         release.set_result(None)
-        await asyncio.sleep(0.001)
+        await settle()
         assert len(switch.traces) == 2
 
     loop.run_until_complete(main())
@@ -523,7 +531,7 @@ def test_a_failing_handler_is_reported_and_the_background_goes_on(
         switch = Switch(loop, clock, observers=[observer])
         await ready(switch, handle)
         switch.on_opportunity(opportunity(clock))
-        await asyncio.sleep(0.001)
+        await settle()
         assert switch.stats()["outcomes"] == {"failed": 1}
 
     loop.run_until_complete(main())
@@ -548,7 +556,7 @@ def test_a_cancelled_handler_opens_the_lanes(
         await ready(switch, handle)
         switch.on_opportunity(opportunity(clock))
         task[0].cancel()
-        await asyncio.sleep(0.001)
+        await settle()
         assert switch.stats()["outcomes"] == {"failed": 1}
         assert not loop.lanes_closed
 
@@ -577,7 +585,7 @@ def test_contexts_reach_the_store_after_the_first_step_unless_it_must_be_durable
             )  # type: ignore[arg-type]
             await ready(switch, handle)
             switch.on_opportunity(opportunity(clock))
-            await asyncio.sleep(0.001)
+            await settle()
 
         assert order == [
             "handler",
@@ -607,7 +615,7 @@ def test_a_deadline_that_passes_during_the_fsync_makes_it_late(
         switch.on_opportunity(opportunity(clock, deadline_s=0.1))
         clock.jump(0.2)
         store.pending[0].set_result(None)
-        await asyncio.sleep(0.001)
+        await settle()
         assert ran == []
         assert switch.stats()["outcomes"] == {"late": 1}
 
@@ -637,7 +645,7 @@ def test_a_store_that_fails_is_reported_and_stops_only_a_handler_that_counts_on_
         await ready(switch, handle)
         switch.on_opportunity(opportunity(clock))
         store.pending[0].set_exception(OSError("disk full"))
-        await asyncio.sleep(0.001)
+        await settle()
         return ran, switch.stats()["outcomes"]
 
     ran, outcomes = loop.run_until_complete(main())
@@ -681,7 +689,7 @@ def test_a_snapshot_or_hook_or_observer_that_raises_does_not_cost_the_opportunit
             switch = Switch(loop, clock, observers=[observer], **options)
             await ready(switch, handle)
             switch.on_opportunity(opportunity(clock))
-            await asyncio.sleep(0.001)
+            await settle()
         assert [f[0] for f in observer.failures] == ["switch", "switch"]
         return ran
 
@@ -708,7 +716,7 @@ def test_a_handler_nobody_set_or_that_was_removed_is_dropped_and_counted(
         switch.remove_handler("nobody")
         switch.on_opportunity(opportunity(clock))
         gate.set_result(None)
-        await asyncio.sleep(0.001)
+        await settle()
         assert switch.stats()["dropped"] == 3
         assert switch.stats()["outcomes"] == {"handled": 1}
         assert asyncio.all_tasks() == {asyncio.current_task()}
@@ -754,7 +762,7 @@ def test_stopping_waits_for_the_handler_then_cancels_it_and_leaves_no_task(
         switch.on_opportunity(opportunity(clock))
         await switch.stop(timeout_s=0.001)
         switch.on_opportunity(opportunity(clock))
-        await asyncio.sleep(0.001)
+        await settle()
         assert ended == ["cancelled"]
         assert switch.stats()["dropped"] == 2
         assert not loop.lanes_closed

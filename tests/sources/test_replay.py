@@ -405,6 +405,7 @@ async def test_the_recorded_book_proves_its_sequence_and_ends_at_the_recorded_qu
 async def test_a_whole_recording_plays_under_a_virtual_clock() -> None:
     path = recording("market_raw/binance_spot_btcusdt_20240808.gz")
     clock = VirtualClock(start_ns([path]))
+    clock.turns = 2
 
     source, events = await play(clock, seconds=400, files=[path], speed="max")
 

@@ -9,9 +9,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
 from fakes.clock import ManualClock
 from fakes.disk import Event, MemoryOfDisk, crash_state
-
 from nightdesk.abc import Batch, Delete, Put
 from nightdesk.stores import _journal as log
 from nightdesk.stores._directory import DirectoryStore
@@ -32,7 +32,13 @@ def history(seed: int, length: int) -> list[Batch]:
             if chance.random() < 0.2:
                 batch.append(Delete("order", key))
             else:
-                batch.append(Put("order", key, bytes([number % 256]) * chance.choice((3, 700, 5000))))
+                batch.append(
+                    Put(
+                        "order",
+                        key,
+                        bytes([number % 256]) * chance.choice((3, 700, 5000)),
+                    )
+                )
         batches.append(batch)
     return batches
 
@@ -70,7 +76,9 @@ def number_of(state: State) -> int:
 # --- power cuts ----------------------------------------------------------------------------------
 
 
-async def _recorded(directory: Path, batches: list[Batch]) -> tuple[list[Event], list[bytes]]:
+async def _recorded(
+    directory: Path, batches: list[Batch]
+) -> tuple[list[Event], list[bytes]]:
     disk = MemoryOfDisk()
     marks: list[bytes] = []
     store = SqliteStore(directory, clock=ManualClock(), inline=True, vfs=disk.name)
@@ -88,9 +96,12 @@ async def _recorded(directory: Path, batches: list[Batch]) -> tuple[list[Event],
 
 
 @pytest.mark.parametrize(
-    "points", [250, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+    "points",
+    [250, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
 )
-def test_sqlite_after_a_power_cut_holds_what_was_acknowledged(tmp_path: Path, points: int) -> None:
+def test_sqlite_after_a_power_cut_holds_what_was_acknowledged(
+    tmp_path: Path, points: int
+) -> None:
     if points > 1000 and "NIGHTDESK_EVERY_BYTE" not in os.environ:
         pytest.skip("set NIGHTDESK_EVERY_BYTE=1: takes minutes")
     batches = history(1, 25)
@@ -106,10 +117,16 @@ def test_sqlite_after_a_power_cut_holds_what_was_acknowledged(tmp_path: Path, po
         directory.mkdir(mode=0o700)
         for name, content in crash_state(events[:cut], chance).items():
             (directory / name).write_bytes(content)
-        if acknowledged and chance.random() < 0.7:  # the mark is not synced: an old one, or none, may be left
-            (directory / "high_water").write_bytes(marks[chance.randrange(acknowledged)])
+        if (
+            acknowledged and chance.random() < 0.7
+        ):  # the mark is not synced: an old one, or none, may be left
+            (directory / "high_water").write_bytes(
+                marks[chance.randrange(acknowledged)]
+            )
 
-        found = asyncio.run(read(SqliteStore(directory, clock=ManualClock(), inline=True)))
+        found = asyncio.run(
+            read(SqliteStore(directory, clock=ManualClock(), inline=True))
+        )
 
         number = number_of(found)
         assert number in (acknowledged, acknowledged + 1)
@@ -125,7 +142,9 @@ def test_the_journal_after_a_power_cut_holds_what_was_acknowledged() -> None:
     chance = random.Random(4)
     data, sequence = b"", 0
     for number, batch in enumerate(batches):
-        frame = log.Frame(1, 1, sequence + len(batch), log.entries_of(list(batch), 1, sequence))
+        frame = log.Frame(
+            1, 1, sequence + len(batch), log.entries_of(list(batch), 1, sequence)
+        )
         sequence += len(batch)
         written = log.encode_frame(number, frame)
         for _ in range(20):
@@ -141,12 +160,16 @@ def test_the_journal_after_a_power_cut_holds_what_was_acknowledged() -> None:
         data += written
 
 
-def test_a_journal_of_64_kilobytes_cut_or_changed_anywhere_is_a_beginning_or_refused() -> None:
+def test_a_journal_of_64_kilobytes_cut_or_changed_anywhere_is_a_beginning_or_refused() -> (
+    None
+):
     batches = history(5, 40)
     expected = states(batches)
     data, sequence = b"", 0
     for number, batch in enumerate(batches):
-        frame = log.Frame(1, 1, sequence + len(batch), log.entries_of(list(batch), 1, sequence))
+        frame = log.Frame(
+            1, 1, sequence + len(batch), log.entries_of(list(batch), 1, sequence)
+        )
         data += log.encode_frame(number, frame)
         sequence += len(batch)
     last = data.rindex(b"NDJ\x01")
@@ -155,7 +178,9 @@ def test_a_journal_of_64_kilobytes_cut_or_changed_anywhere_is_a_beginning_or_ref
 
     for position in range(0, len(data), step):
         cut = log.replay(data[:position], "journal.log")
-        assert {name: record.data for name, record in cut.records.items()} == expected[cut.frames]
+        assert {name: record.data for name, record in cut.records.items()} == expected[
+            cut.frames
+        ]
 
         changed = data[:position] + bytes([data[position] ^ 16]) + data[position + 1 :]
         try:
@@ -206,7 +231,9 @@ def test_a_killed_process_leaves_every_awaited_save_and_only_whole_batches(
     for round_number in range(4):
         directory = tmp_path / str(round_number)
         process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(directory), name], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", WRITER, str(directory), name],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(chance.randrange(1, 400))]
@@ -220,7 +247,9 @@ def test_a_killed_process_leaves_every_awaited_save_and_only_whole_batches(
                 key, number = line.split()
                 acknowledged[key] = int(number)
 
-        found = asyncio.run(contexts(store_class(directory, clock=ManualClock(), inline=True)))
+        found = asyncio.run(
+            contexts(store_class(directory, clock=ManualClock(), inline=True))
+        )
 
         for key, number in acknowledged.items():
             assert found[f"{key}-a"] == found[f"{key}-b"]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fakes.clock import ManualClock
 
+from fakes.clock import ManualClock
 from nightdesk.abc import Put, Record
 from nightdesk.errors import NightdeskError
 from nightdesk.stores._directory import DirectoryStore
@@ -17,9 +17,19 @@ from nightdesk.stores.files import FilesStore
 from nightdesk.stores.sqlite import SqliteStore
 
 BATCHES = [
-    [Put("context", "iceberg-1", b'{"state": "EXECUTING", "filled": "0.10"}'), Put("order", "o1", b"NEW")],
+    [
+        Put("context", "iceberg-1", b'{"state": "EXECUTING", "filled": "0.10"}'),
+        Put("order", "o1", b"NEW"),
+    ],
     [Put("order", "o1", b"FILLED"), Put("fill", "f1", b"\x01\x02\x03" * 9)],
-    [Put("context", "iceberg-1", b'{"state": "COMPLETED", "filled": "0.50"}', "completed")],
+    [
+        Put(
+            "context",
+            "iceberg-1",
+            b'{"state": "COMPLETED", "filled": "0.50"}',
+            "completed",
+        )
+    ],
 ]
 EXPECTED = {
     ("context", "iceberg-1"): b'{"state": "COMPLETED", "filled": "0.50"}',
@@ -51,11 +61,19 @@ def killed(directory: Path, store_class: StoreClass) -> Path:
     return copy
 
 
-async def _read(store: DirectoryStore) -> tuple[dict[tuple[str, str], Record], list[tuple[str, str, str]]]:
+async def _read(
+    store: DirectoryStore,
+) -> tuple[dict[tuple[str, str], Record], list[tuple[str, str, str]]]:
     await store.start()
     try:
-        found = [record for kind in ("context", "order", "fill") for record in await store.load(kind)]
-        return {(record.kind, record.key): record for record in found}, store.quarantined()
+        found = [
+            record
+            for kind in ("context", "order", "fill")
+            for record in await store.load(kind)
+        ]
+        return {
+            (record.kind, record.key): record for record in found
+        }, store.quarantined()
     finally:
         await store.stop()
 
@@ -75,7 +93,9 @@ def verdict(directory: Path, store_class: StoreClass) -> str:
     return "quarantined" if missing else "whole"
 
 
-def damaged_copies(original: Path, work: Path, name: str, damage: Callable[[bytes], bytes]) -> Path:
+def damaged_copies(
+    original: Path, work: Path, name: str, damage: Callable[[bytes], bytes]
+) -> Path:
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(original, work)
     target = work / name
@@ -87,7 +107,11 @@ def flips(content: bytes, step: int) -> Iterator[Callable[[bytes], bytes]]:
     chance = random.Random(len(content))
     for position in range(step // 2, len(content), step):
         bit = 1 << chance.randrange(8)
-        yield lambda data, at=position, bit=bit: data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :]  # type: ignore[misc]
+        yield (
+            lambda data, at=position, bit=bit: (
+                data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :]
+            )
+        )  # type: ignore[misc]
 
 
 def cuts(content: bytes, step: int) -> Iterator[Callable[[bytes], bytes]]:
@@ -99,7 +123,11 @@ def holes(content: bytes, step: int) -> Iterator[Callable[[bytes], bytes]]:
     """A sector that reads as zeros."""
     for start in range(0, len(content), step):
         end = min(start + 512, len(content))
-        yield lambda data, start=start, end=end: data[:start] + bytes(end - start) + data[end:]  # type: ignore[misc]
+        yield (
+            lambda data, start=start, end=end: (
+                data[:start] + bytes(end - start) + data[end:]
+            )
+        )  # type: ignore[misc]
 
 
 CASES = [
@@ -128,20 +156,33 @@ def place(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(chosen)
 
 
-def sweep(place: Path, case: tuple[Callable[[Path, StoreClass], Path], StoreClass, str], most: int) -> dict[str, int]:
+def sweep(
+    place: Path,
+    case: tuple[Callable[[Path, StoreClass], Path], StoreClass, str],
+    most: int,
+) -> dict[str, int]:
     make, store_class, name = case
     original = make(place / "original", store_class)
     content = (original / name).read_bytes()
-    assert verdict(damaged_copies(original, place / "work", name, bytes), store_class) == "whole"
+    assert (
+        verdict(damaged_copies(original, place / "work", name, bytes), store_class)
+        == "whole"
+    )
     results = {"whole": 0, "quarantined": 0, "refused": 0}
     step = max(1, len(content) // most)
     for way, width in ((flips, step), (cuts, step), (holes, max(step, 256))):
         for damage in way(content, width):
-            results[verdict(damaged_copies(original, place / "work", name, damage), store_class)] += 1
+            results[
+                verdict(
+                    damaged_copies(original, place / "work", name, damage), store_class
+                )
+            ] += 1
     return results
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{case[2]}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case[0].__name__}-{case[2]}"
+)
 def test_a_changed_or_missing_byte_never_gives_a_wrong_value(
     place: Path, case: tuple[Callable[[Path, StoreClass], Path], StoreClass, str]
 ) -> None:
@@ -152,9 +193,14 @@ def test_a_changed_or_missing_byte_never_gives_a_wrong_value(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("NIGHTDESK_EVERY_BYTE" not in os.environ, reason="set NIGHTDESK_EVERY_BYTE=1: takes minutes")
+@pytest.mark.skipif(
+    "NIGHTDESK_EVERY_BYTE" not in os.environ,
+    reason="set NIGHTDESK_EVERY_BYTE=1: takes minutes",
+)
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{case[2]}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case[0].__name__}-{case[2]}"
+)
 def test_every_single_byte_changed_or_missing_never_gives_a_wrong_value(
     place: Path, case: tuple[Callable[[Path, StoreClass], Path], StoreClass, str]
 ) -> None:

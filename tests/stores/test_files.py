@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.clock import ManualClock
 
+from fakes.clock import ManualClock
 from nightdesk.abc import Delete, Put, Record
 from nightdesk.errors import NewerSchemaError, StateDamagedError, StateNotWritableError
 from nightdesk.stores import _journal as log
@@ -16,7 +16,9 @@ from nightdesk.stores.files import FilesStore
 
 
 def build(directory: Path, **options: Any) -> FilesStore:
-    return FilesStore(directory, clock=ManualClock(), inline=options.pop("inline", True), **options)
+    return FilesStore(
+        directory, clock=ManualClock(), inline=options.pop("inline", True), **options
+    )
 
 
 def context(key: str, text: str = '{"n": 1}', shelf: Any = "active") -> Put:
@@ -32,25 +34,42 @@ async def restarted(store: FilesStore) -> FilesStore:
 
 def shelves(directory: Path) -> dict[str, list[str]]:
     return {
-        shelf: sorted(path.name for path in (directory / shelf).iterdir()) for shelf in ("active", "completed", "errored")
+        shelf: sorted(path.name for path in (directory / shelf).iterdir())
+        for shelf in ("active", "completed", "errored")
     }
 
 
 async def test_contexts_stand_on_the_shelf_of_their_state(tmp_path: Path) -> None:
     store = build(tmp_path)
     await store.start()
-    await store.save([context("iceberg-1"), context("iceberg-2"), context("old", '{"n": 9}', "errored")])
-    await store.save([context("iceberg-1", '{"n": 2}', "completed"), Delete("context", "iceberg-2")])
+    await store.save(
+        [
+            context("iceberg-1"),
+            context("iceberg-2"),
+            context("old", '{"n": 9}', "errored"),
+        ]
+    )
+    await store.save(
+        [context("iceberg-1", '{"n": 2}', "completed"), Delete("context", "iceberg-2")]
+    )
 
-    assert shelves(tmp_path) == {"active": [], "completed": ["iceberg-1.json"], "errored": ["old.json"]}
-    assert json.loads((tmp_path / "completed" / "iceberg-1.json").read_bytes()) == {"n": 2}
+    assert shelves(tmp_path) == {
+        "active": [],
+        "completed": ["iceberg-1.json"],
+        "errored": ["old.json"],
+    }
+    assert json.loads((tmp_path / "completed" / "iceberg-1.json").read_bytes()) == {
+        "n": 2
+    }
     metadata = json.loads((tmp_path / "metadata.json").read_bytes())
     assert metadata["tasks"] == {"active": 0, "completed": 1, "errored": 1}
     assert metadata["schema_version"] == 1 and metadata["epoch"] == store.epoch
     await store.stop()
 
 
-async def test_the_readable_files_follow_within_moments_and_nobody_waits_for_them(tmp_path: Path) -> None:
+async def test_the_readable_files_follow_within_moments_and_nobody_waits_for_them(
+    tmp_path: Path,
+) -> None:
     store = build(tmp_path, inline=False)
     await store.start()
     await asyncio.gather(*(store.save([context(f"t{n}")]) for n in range(40)))
@@ -59,11 +78,17 @@ async def test_the_readable_files_follow_within_moments_and_nobody_waits_for_the
         await asyncio.sleep(0.01)
 
     await store.stop()
-    assert json.loads((tmp_path / "metadata.json").read_bytes())["tasks"]["active"] == 40
+    assert (
+        json.loads((tmp_path / "metadata.json").read_bytes())["tasks"]["active"] == 40
+    )
 
 
-@pytest.mark.parametrize("key", ["a/b", "..", ".hidden", "ä ö", "x" * 400, "CON|?*", "a%2Fb"])
-async def test_any_task_id_makes_a_file_name_and_comes_back(tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize(
+    "key", ["a/b", "..", ".hidden", "ä ö", "x" * 400, "CON|?*", "a%2Fb"]
+)
+async def test_any_task_id_makes_a_file_name_and_comes_back(
+    tmp_path: Path, key: str
+) -> None:
     store = build(tmp_path)
     await store.start()
     await store.save([context(key)])
@@ -75,7 +100,9 @@ async def test_any_task_id_makes_a_file_name_and_comes_back(tmp_path: Path, key:
     await store.stop()
 
 
-async def test_a_damaged_file_is_moved_to_errored_with_its_bytes_and_every_context_loads(tmp_path: Path) -> None:
+async def test_a_damaged_file_is_moved_to_errored_with_its_bytes_and_every_context_loads(
+    tmp_path: Path,
+) -> None:
     store = build(tmp_path)
     await store.start()
     await store.save([context("1"), context("2")])
@@ -85,8 +112,13 @@ async def test_a_damaged_file_is_moved_to_errored_with_its_bytes_and_every_conte
     store = build(tmp_path)
     await store.start()
 
-    assert [record.data for record in await store.load("context")] == [b'{"n": 1}', b'{"n": 1}']
-    assert store.quarantined() == [("context", "1", "its file was damaged; the bytes are in errored/1.damaged-1")]
+    assert [record.data for record in await store.load("context")] == [
+        b'{"n": 1}',
+        b'{"n": 1}',
+    ]
+    assert store.quarantined() == [
+        ("context", "1", "its file was damaged; the bytes are in errored/1.damaged-1")
+    ]
     assert (tmp_path / "errored" / "1.damaged-1").read_bytes() == b'{"n": 1'
     assert (tmp_path / "active" / "1.json").read_bytes() == b'{"n": 1}'
     await store.stop()
@@ -113,12 +145,18 @@ async def test_an_edited_file_is_written_again_from_the_journal(tmp_path: Path) 
     await store.stop()
 
 
-async def test_files_brought_over_from_another_program_are_taken_in(tmp_path: Path) -> None:
+async def test_files_brought_over_from_another_program_are_taken_in(
+    tmp_path: Path,
+) -> None:
     """Design 001's folder becomes a state directory by being one."""
     (tmp_path / "active").mkdir()
     (tmp_path / "completed").mkdir()
-    (tmp_path / "active" / "iceberg_1.json").write_text('{"task_id": "iceberg_1", "state": 2}')
-    (tmp_path / "completed" / "iceberg_0.json").write_text('{"task_id": "iceberg_0", "state": 100}')
+    (tmp_path / "active" / "iceberg_1.json").write_text(
+        '{"task_id": "iceberg_1", "state": 2}'
+    )
+    (tmp_path / "completed" / "iceberg_0.json").write_text(
+        '{"task_id": "iceberg_0", "state": 100}'
+    )
     (tmp_path / "active" / "broken.json").write_text("{")
     (tmp_path / "metadata.json").write_text("{}")
 
@@ -135,13 +173,17 @@ async def test_files_brought_over_from_another_program_are_taken_in(tmp_path: Pa
     await store.stop()
 
 
-async def test_a_task_deleted_just_before_a_crash_does_not_rise_again(tmp_path: Path) -> None:
+async def test_a_task_deleted_just_before_a_crash_does_not_rise_again(
+    tmp_path: Path,
+) -> None:
     store = build(tmp_path)
     await store.start()
     await store.save([context("1"), context("2")])
     await store.save([Delete("context", "1")])
     await store.stop()
-    (tmp_path / "active" / "1.json").write_bytes(b'{"n": 1}')  # the file was not yet removed
+    (tmp_path / "active" / "1.json").write_bytes(
+        b'{"n": 1}'
+    )  # the file was not yet removed
 
     store = build(tmp_path)
     await store.start()
@@ -171,7 +213,9 @@ async def test_an_unfinished_commit_is_cut_off_kept_and_told(tmp_path: Path) -> 
     await store.stop()
 
 
-async def test_a_damaged_commit_with_acknowledged_ones_behind_it_is_refused(tmp_path: Path) -> None:
+async def test_a_damaged_commit_with_acknowledged_ones_behind_it_is_refused(
+    tmp_path: Path,
+) -> None:
     """R-16: skipping it in silence would be a guess."""
     store = build(tmp_path)
     await store.start()
@@ -197,30 +241,46 @@ async def test_a_journal_cut_at_the_end_of_a_commit_is_refused(tmp_path: Path) -
     await store.stop()
     store.path.write_bytes(store.path.read_bytes()[:size])
 
-    with pytest.raises(StateDamagedError, match="ends at record 1, but 2 records were acknowledged"):
+    with pytest.raises(
+        StateDamagedError, match="ends at record 1, but 2 records were acknowledged"
+    ):
         await build(tmp_path).start()
 
 
-async def test_a_journal_that_grew_is_written_anew_without_what_is_gone(tmp_path: Path) -> None:
+async def test_a_journal_that_grew_is_written_anew_without_what_is_gone(
+    tmp_path: Path,
+) -> None:
     class Small(FilesStore):
         compact_bytes = 20_000
 
     store = Small(tmp_path, clock=ManualClock(), inline=True)
     await store.start()
     for n in range(100):
-        await store.save([Put("order", str(n % 3), b"x" * 1000), context(f"t{n % 2}", '{"n": %d}' % n)])
+        await store.save(
+            [
+                Put("order", str(n % 3), b"x" * 1000),
+                context(f"t{n % 2}", '{"n": %d}' % n),
+            ]
+        )
     await store.save([Delete("order", "0")])
     assert store.path.stat().st_size < 60_000
 
     again = await restarted(store)
 
-    assert [record.key for record in await again.load("order")] == ["1", "2"] or len(await again.load("order")) == 2
-    assert [record.data for record in await again.load("context")] == [b'{"n": 98}', b'{"n": 99}']
+    assert [record.key for record in await again.load("order")] == ["1", "2"] or len(
+        await again.load("order")
+    ) == 2
+    assert [record.data for record in await again.load("context")] == [
+        b'{"n": 98}',
+        b'{"n": 99}',
+    ]
     assert (await again.load("order"))[-1].sequence < again.sequence
     await again.stop()
 
 
-async def test_a_write_that_fails_for_another_reason_than_space_is_final(tmp_path: Path) -> None:
+async def test_a_write_that_fails_for_another_reason_than_space_is_final(
+    tmp_path: Path,
+) -> None:
     store = build(tmp_path)
     await store.start()
     await store.save([Put("order", "1", b"x")])
@@ -242,14 +302,18 @@ class NextVersion(FilesStore):
     @staticmethod
     def _prefix(records: list[Record]) -> list[Record]:
         return [
-            Record(r.kind, r.key, b"v2:" + r.data, r.shelf, r.epoch, r.sequence) if r.kind == "order" else r
+            Record(r.kind, r.key, b"v2:" + r.data, r.shelf, r.epoch, r.sequence)
+            if r.kind == "order"
+            else r
             for r in records
         ]
 
     migrations = {1: _prefix.__func__}  # type: ignore[attr-defined]
 
 
-async def test_an_older_journal_is_brought_forward_after_a_backup_and_a_newer_one_is_refused(tmp_path: Path) -> None:
+async def test_an_older_journal_is_brought_forward_after_a_backup_and_a_newer_one_is_refused(
+    tmp_path: Path,
+) -> None:
     store = build(tmp_path)
     await store.start()
     await store.save([Put("order", "1", b"x"), context("c")])

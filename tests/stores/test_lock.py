@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes.clock import ManualClock
 
+from fakes.clock import ManualClock
 from nightdesk.abc import Put
 from nightdesk.errors import StateDamagedError, StateLockedError, StateNotWritableError
 from nightdesk.stores._directory import DirectoryStore
@@ -40,7 +40,9 @@ HOLDER = textwrap.dedent(
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     process.stdout.readline()
     yield process
@@ -51,7 +53,9 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture(params=[SqliteStore, FilesStore])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> DirectoryStore:
-    made: DirectoryStore = request.param(tmp_path / "state", clock=ManualClock(), inline=True)
+    made: DirectoryStore = request.param(
+        tmp_path / "state", clock=ManualClock(), inline=True
+    )
     return made
 
 
@@ -71,7 +75,9 @@ def test_the_second_instance_is_told_pid_host_and_start_of_the_first(
 
 
 @pytest.mark.process
-def test_the_lock_ends_with_the_process_that_held_it(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+def test_the_lock_ends_with_the_process_that_held_it(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
     holder.kill()
     holder.wait()
 
@@ -84,7 +90,11 @@ def test_the_lock_ends_with_the_process_that_held_it(tmp_path: Path, holder: sub
 
 @pytest.mark.process
 def test_a_forked_child_does_not_keep_a_dead_desk_locked(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path), "fork"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path), "fork"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     child = int(process.stdout.readline())
     try:
@@ -99,7 +109,9 @@ def test_a_forked_child_does_not_keep_a_dead_desk_locked(tmp_path: Path) -> None
         process.stdout.close()
 
 
-async def test_two_stores_in_one_process_cannot_share_a_directory(store: DirectoryStore) -> None:
+async def test_two_stores_in_one_process_cannot_share_a_directory(
+    store: DirectoryStore,
+) -> None:
     await store.start()
 
     with pytest.raises(StateLockedError):
@@ -126,7 +138,9 @@ async def test_everything_written_is_for_this_user_only(store: DirectoryStore) -
     assert loose == []
 
 
-async def test_a_directory_that_others_could_read_is_closed(store: DirectoryStore) -> None:
+async def test_a_directory_that_others_could_read_is_closed(
+    store: DirectoryStore,
+) -> None:
     store.directory.mkdir(mode=0o755)
 
     await store.start()
@@ -204,11 +218,15 @@ async def test_a_directory_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
     with pytest.raises(StateNotWritableError):
-        await SqliteStore(tmp_path / "file" / "state", clock=ManualClock(), inline=True).start()
+        await SqliteStore(
+            tmp_path / "file" / "state", clock=ManualClock(), inline=True
+        ).start()
 
 
 async def test_a_failed_start_frees_the_lock_and_the_thread(tmp_path: Path) -> None:
-    (tmp_path / "state.db").write_bytes(b"this is no database, whatever its name says" * 100)
+    (tmp_path / "state.db").write_bytes(
+        b"this is no database, whatever its name says" * 100
+    )
     store = SqliteStore(tmp_path, clock=ManualClock())
 
     with pytest.raises(StateDamagedError):
@@ -219,7 +237,9 @@ async def test_a_failed_start_frees_the_lock_and_the_thread(tmp_path: Path) -> N
         store.save([Put("a", "1", b"")])
 
 
-async def test_the_epoch_grows_at_each_start_and_outlives_the_database(store: DirectoryStore) -> None:
+async def test_the_epoch_grows_at_each_start_and_outlives_the_database(
+    store: DirectoryStore,
+) -> None:
     epochs = []
     for _ in range(3):
         await store.start()
@@ -252,7 +272,9 @@ def test_a_torn_mark_counts_as_none(tmp_path: Path) -> None:
     whole = (tmp_path / "high_water").read_bytes()
 
     for position in range(len(whole)):
-        (tmp_path / "high_water").write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        (tmp_path / "high_water").write_bytes(
+            whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :]
+        )
         assert read_high_water(tmp_path) == (0, 0)
     (tmp_path / "high_water").write_bytes(whole)
     assert read_high_water(tmp_path) == (3, 9)

@@ -10,9 +10,9 @@ from typing import Any
 
 import apsw
 import pytest
+
 from fakes.clock import ManualClock
 from fakes.disk import BadDisk
-
 from nightdesk.abc import Delete, Put
 from nightdesk.errors import (
     CapacityError,
@@ -28,7 +28,9 @@ RECORDS = [Put("context", f"task-{n}", b'{"n": %d}' % n) for n in range(5)]
 
 
 def build(directory: Path, **options: Any) -> SqliteStore:
-    return SqliteStore(directory, clock=ManualClock(), inline=options.pop("inline", True), **options)
+    return SqliteStore(
+        directory, clock=ManualClock(), inline=options.pop("inline", True), **options
+    )
 
 
 async def filled(directory: Path) -> Path:
@@ -59,13 +61,17 @@ async def test_each_commit_is_synced_in_a_write_ahead_log(tmp_path: Path) -> Non
 def test_a_library_that_corrupts_write_ahead_logs_is_refused() -> None:
     schema.check_library("state.db", "3.51.3")
 
-    with pytest.raises(StateNotWritableError, match=r"SQLite 3\.51\.2.*\n?.*") as caught:
+    with pytest.raises(
+        StateNotWritableError, match=r"SQLite 3\.51\.2.*\n?.*"
+    ) as caught:
         schema.check_library("state.db", "3.51.2")
 
     assert "pip install" in str(caught.value)
 
 
-async def test_a_failed_fsync_stops_every_later_save_and_tells_the_desk(tmp_path: Path) -> None:
+async def test_a_failed_fsync_stops_every_later_save_and_tells_the_desk(
+    tmp_path: Path,
+) -> None:
     """F3. The desk halts on `on_failure`; what was acknowledged before is there at the next start."""
     disk = BadDisk()
     told: list[StateNotWritableError] = []
@@ -88,7 +94,9 @@ async def test_a_failed_fsync_stops_every_later_save_and_tells_the_desk(tmp_path
 
 
 @pytest.mark.parametrize("inline", [True, False])
-async def test_a_full_disk_holds_saves_back_and_writes_them_in_order_later(tmp_path: Path, inline: bool) -> None:
+async def test_a_full_disk_holds_saves_back_and_writes_them_in_order_later(
+    tmp_path: Path, inline: bool
+) -> None:
     disk = BadDisk()
     told: list[str] = []
     store = build(
@@ -132,7 +140,10 @@ async def test_a_full_database_rolls_back_the_whole_batch(tmp_path: Path) -> Non
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "small"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)],
+        capture_output=True,
+    )
     if mounted.returncode:
         pytest.skip("this machine does not let us mount a small disk")
     yield place
@@ -175,7 +186,9 @@ async def test_on_a_really_full_disk_the_reserve_lets_closing_records_through(
     await again.stop()
 
 
-async def test_a_desk_whose_state_was_taken_over_can_write_no_more(tmp_path: Path) -> None:
+async def test_a_desk_whose_state_was_taken_over_can_write_no_more(
+    tmp_path: Path,
+) -> None:
     """Somebody removed the lock file and started a second desk: the fencing epoch stops the first."""
     store = build(tmp_path)
     await store.start()
@@ -189,7 +202,9 @@ async def test_a_desk_whose_state_was_taken_over_can_write_no_more(tmp_path: Pat
     await store.stop()
 
 
-async def test_the_log_is_moved_into_the_database_before_it_grows_for_ever(tmp_path: Path) -> None:
+async def test_the_log_is_moved_into_the_database_before_it_grows_for_ever(
+    tmp_path: Path,
+) -> None:
     store = build(tmp_path)
     await store.start()
     for n in range(12):
@@ -219,7 +234,9 @@ async def test_a_reader_that_stays_does_not_stop_the_desk(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("data", [b"x" * (16 * 1024 * 1024 + 1)])
-async def test_a_record_too_large_is_refused_at_once(tmp_path: Path, data: bytes) -> None:
+async def test_a_record_too_large_is_refused_at_once(
+    tmp_path: Path, data: bytes
+) -> None:
     store = build(tmp_path)
     await store.start()
 
@@ -230,8 +247,13 @@ async def test_a_record_too_large_is_refused_at_once(tmp_path: Path, data: bytes
     await store.stop()
 
 
-@pytest.mark.parametrize(("kind", "key"), [("", "1"), ("a", ""), ("a", "x" * 513), ("a", "\n"), ("a", "\ud800")])
-async def test_names_that_cannot_be_stored_are_refused(tmp_path: Path, kind: str, key: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [("", "1"), ("a", ""), ("a", "x" * 513), ("a", "\n"), ("a", "\ud800")],
+)
+async def test_names_that_cannot_be_stored_are_refused(
+    tmp_path: Path, kind: str, key: str
+) -> None:
     store = build(tmp_path)
     await store.start()
 
@@ -246,7 +268,9 @@ async def test_names_that_cannot_be_stored_are_refused(tmp_path: Path, kind: str
 # --- damage ------------------------------------------------------------------------------------
 
 
-async def test_a_damaged_record_is_put_aside_with_its_bytes_and_the_others_load(tmp_path: Path) -> None:
+async def test_a_damaged_record_is_put_aside_with_its_bytes_and_the_others_load(
+    tmp_path: Path,
+) -> None:
     path = await filled(tmp_path)
     content = path.read_bytes()
     assert content.count(b'{"n": 3}') == 1
@@ -255,8 +279,15 @@ async def test_a_damaged_record_is_put_aside_with_its_bytes_and_the_others_load(
     store = build(tmp_path)
     await store.start()
 
-    assert [record.key for record in await store.load("context")] == ["task-0", "task-1", "task-2", "task-4"]
-    assert store.quarantined() == [("context", "task-3", "its checksum does not fit its content")]
+    assert [record.key for record in await store.load("context")] == [
+        "task-0",
+        "task-1",
+        "task-2",
+        "task-4",
+    ]
+    assert store.quarantined() == [
+        ("context", "task-3", "its checksum does not fit its content")
+    ]
     kept = store._db.execute("SELECT kind, key, data FROM quarantine").fetchall()
     assert kept == [("context", "task-3", b'{"n": 8}')]
     await store.save([Put("context", "task-3", b"new")])
@@ -267,12 +298,16 @@ async def test_a_damaged_record_is_put_aside_with_its_bytes_and_the_others_load(
     await again.stop()
 
 
-async def test_a_damaged_name_is_put_aside_and_the_index_is_made_anew(tmp_path: Path) -> None:
+async def test_a_damaged_name_is_put_aside_and_the_index_is_made_anew(
+    tmp_path: Path,
+) -> None:
     path = await filled(tmp_path)
     connection = apsw.Connection(str(path))
     connection.execute("DROP TRIGGER tally_update")
     trigger = next(each for each in schema.STATEMENTS if "tally_update" in each)
-    connection.execute("UPDATE records SET key = CAST(x'ff3030' AS TEXT) WHERE key = 'task-1'")
+    connection.execute(
+        "UPDATE records SET key = CAST(x'ff3030' AS TEXT) WHERE key = 'task-1'"
+    )
     connection.execute(trigger)
     connection.close()
 
@@ -288,7 +323,12 @@ async def test_a_damaged_name_is_put_aside_and_the_index_is_made_anew(tmp_path: 
 async def test_a_record_that_vanished_is_damage(tmp_path: Path) -> None:
     path = await filled(tmp_path)
     trigger = next(each for each in schema.STATEMENTS if "tally_delete" in each)
-    edit(path, "DROP TRIGGER tally_delete", "DELETE FROM records WHERE key = 'task-2'", trigger)
+    edit(
+        path,
+        "DROP TRIGGER tally_delete",
+        "DELETE FROM records WHERE key = 'task-2'",
+        trigger,
+    )
     before = path.read_bytes()
 
     with pytest.raises(StateDamagedError, match="1 records are missing") as caught:
@@ -327,7 +367,9 @@ async def test_a_record_too_many_is_damage(tmp_path: Path) -> None:
         "PRAGMA user_version = 0",
     ],
 )
-async def test_a_database_with_other_tables_or_counters_is_damage(tmp_path: Path, statement: str) -> None:
+async def test_a_database_with_other_tables_or_counters_is_damage(
+    tmp_path: Path, statement: str
+) -> None:
     edit(await filled(tmp_path), statement)
     (tmp_path / "high_water").unlink()
 
@@ -351,7 +393,9 @@ async def test_a_lost_write_ahead_log_is_noticed(tmp_path: Path) -> None:
 async def test_a_lost_database_is_noticed(tmp_path: Path) -> None:
     (await filled(tmp_path)).unlink()
 
-    with pytest.raises(StateDamagedError, match="the file is gone.*6 records were acknowledged"):
+    with pytest.raises(
+        StateDamagedError, match="the file is gone.*6 records were acknowledged"
+    ):
         await build(tmp_path).start()
 
     (tmp_path / "high_water").unlink()
@@ -383,7 +427,9 @@ async def test_a_large_database_is_checked_as_it_is_loaded(tmp_path: Path) -> No
     await store.stop()
 
 
-async def test_a_start_killed_before_the_tables_were_made_starts_again(tmp_path: Path) -> None:
+async def test_a_start_killed_before_the_tables_were_made_starts_again(
+    tmp_path: Path,
+) -> None:
     connection = apsw.Connection(str(tmp_path / "state.db"))
     connection.pragma("journal_mode", "wal")
     connection.close()
@@ -474,4 +520,8 @@ def test_the_store_is_the_only_one_that_opens_its_file() -> None:
     """Two SQLite libraries in one process must never open the same file."""
     source = Path(sys.modules[SqliteStore.__module__].__file__ or "").parent
 
-    assert [path.name for path in source.rglob("*.py") if "import sqlite3" in path.read_text()] == []
+    assert [
+        path.name
+        for path in source.rglob("*.py")
+        if "import sqlite3" in path.read_text()
+    ] == []

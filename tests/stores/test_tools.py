@@ -10,10 +10,15 @@ from typing import Any
 
 import apsw
 import pytest
-from fakes.clock import ManualClock
 
+from fakes.clock import ManualClock
 from nightdesk.abc import Put
-from nightdesk.errors import CommandError, NewerSchemaError, StateDamagedError, StateLockedError
+from nightdesk.errors import (
+    CommandError,
+    NewerSchemaError,
+    StateDamagedError,
+    StateLockedError,
+)
 from nightdesk.stores import _restore, _tools
 from nightdesk.stores._directory import DirectoryStore
 from nightdesk.stores._lock import DirectoryLock
@@ -56,28 +61,45 @@ async def value_of(store_class: StoreClass, directory: Path) -> Any:
 
 
 def tree(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
-async def test_inspect_tells_what_is_there_and_changes_nothing(store_class: StoreClass, tmp_path: Path) -> None:
+async def test_inspect_tells_what_is_there_and_changes_nothing(
+    store_class: StoreClass, tmp_path: Path
+) -> None:
     directory = await filled(store_class, tmp_path)
     before = tree(directory)
 
     facts = _tools.inspect(directory)
 
-    assert facts["records"] == {"context": {"active": 1, "completed": 1}, "order": {"active": 1}}
+    assert facts["records"] == {
+        "context": {"active": 1, "completed": 1},
+        "order": {"active": 1},
+    }
     assert (facts["store"], facts["schema_version"], facts["integrity"]) == (
         "sqlite" if store_class is SqliteStore else "files",
         1,
         "ok",
     )
-    assert (facts["epoch"], facts["sequence"], facts["acknowledged_sequence"]) == (1, 3, 3)
+    assert (facts["epoch"], facts["sequence"], facts["acknowledged_sequence"]) == (
+        1,
+        3,
+        3,
+    )
     assert (facts["locked"], facts["owner"]) == (False, None)
     json.dumps(facts)
-    assert {name: data for name, data in tree(directory).items() if name in before} == before
+    assert {
+        name: data for name, data in tree(directory).items() if name in before
+    } == before
 
 
-async def test_inspect_names_the_owner_of_a_running_desk(store_class: StoreClass, tmp_path: Path) -> None:
+async def test_inspect_names_the_owner_of_a_running_desk(
+    store_class: StoreClass, tmp_path: Path
+) -> None:
     store = build(store_class, tmp_path)
     await store.start()
 
@@ -87,7 +109,9 @@ async def test_inspect_names_the_owner_of_a_running_desk(store_class: StoreClass
     await store.stop()
 
 
-async def test_inspect_tells_damage_instead_of_failing(store_class: StoreClass, tmp_path: Path) -> None:
+async def test_inspect_tells_damage_instead_of_failing(
+    store_class: StoreClass, tmp_path: Path
+) -> None:
     directory = await filled(store_class, tmp_path)
     path = directory / store_class.file_name
     path.write_bytes(path.read_bytes().replace(b'{"n": 2}', b'{"n": 3}'))
@@ -99,13 +123,36 @@ async def test_inspect_tells_damage_instead_of_failing(store_class: StoreClass, 
     assert _tools.inspect(directory)["integrity"] != "ok"
 
 
-async def test_export_says_every_record_in_json(store_class: StoreClass, tmp_path: Path) -> None:
+async def test_export_says_every_record_in_json(
+    store_class: StoreClass, tmp_path: Path
+) -> None:
     lines = list(_tools.export(await filled(store_class, tmp_path)))
 
     assert [json.loads(json.dumps(line)) for line in lines] == [
-        {"kind": "context", "key": "a", "shelf": "active", "epoch": 1, "sequence": 1, "data": {"n": 1}},
-        {"kind": "context", "key": "b", "shelf": "completed", "epoch": 1, "sequence": 2, "data": {"n": 2}},
-        {"kind": "order", "key": "raw", "shelf": "active", "epoch": 1, "sequence": 3, "data_base64": "/wA="},
+        {
+            "kind": "context",
+            "key": "a",
+            "shelf": "active",
+            "epoch": 1,
+            "sequence": 1,
+            "data": {"n": 1},
+        },
+        {
+            "kind": "context",
+            "key": "b",
+            "shelf": "completed",
+            "epoch": 1,
+            "sequence": 2,
+            "data": {"n": 2},
+        },
+        {
+            "kind": "order",
+            "key": "raw",
+            "shelf": "active",
+            "epoch": 1,
+            "sequence": 3,
+            "data_base64": "/wA=",
+        },
     ]
 
 
@@ -117,16 +164,26 @@ async def test_export_names_a_damaged_record(tmp_path: Path) -> None:
     lines = list(_tools.export(directory))
 
     assert len(lines) == 3
-    assert lines[-1] == {"kind": "context", "key": "b", "damaged": "its checksum does not fit its content"}
+    assert lines[-1] == {
+        "kind": "context",
+        "key": "b",
+        "damaged": "its checksum does not fit its content",
+    }
 
 
 def test_a_directory_without_state_is_told(tmp_path: Path) -> None:
-    for tool in (_tools.inspect, lambda path: list(_tools.export(path)), lambda path: _tools.backup(path, path / "x")):
+    for tool in (
+        _tools.inspect,
+        lambda path: list(_tools.export(path)),
+        lambda path: _tools.backup(path, path / "x"),
+    ):
         with pytest.raises(CommandError, match="holds no state"):
             tool(tmp_path)
 
 
-async def test_a_backup_of_a_running_desk_is_whole_and_comes_back(store_class: StoreClass, tmp_path: Path) -> None:
+async def test_a_backup_of_a_running_desk_is_whole_and_comes_back(
+    store_class: StoreClass, tmp_path: Path
+) -> None:
     store = build(store_class, tmp_path / "state")
     await store.start()
     await store.save([Put("context", "a", b'{"n": 1}')])
@@ -145,7 +202,9 @@ async def test_a_backup_of_a_running_desk_is_whole_and_comes_back(store_class: S
     assert (kept / store_class.file_name).exists()
 
 
-async def test_the_epoch_never_goes_back_by_a_restore(store_class: StoreClass, tmp_path: Path) -> None:
+async def test_the_epoch_never_goes_back_by_a_restore(
+    store_class: StoreClass, tmp_path: Path
+) -> None:
     """A desk that still runs on the replaced state must not look newer than the one that follows."""
     directory = await filled(store_class, tmp_path / "state")
     _tools.backup(directory, tmp_path / "backup")
@@ -161,7 +220,9 @@ async def test_the_epoch_never_goes_back_by_a_restore(store_class: StoreClass, t
     await store.stop()
 
 
-async def test_a_restore_into_an_empty_directory_is_a_move(store_class: StoreClass, tmp_path: Path) -> None:
+async def test_a_restore_into_an_empty_directory_is_a_move(
+    store_class: StoreClass, tmp_path: Path
+) -> None:
     _tools.backup(await filled(store_class, tmp_path / "state"), tmp_path / "backup")
 
     result = _tools.restore(tmp_path / "backup", tmp_path / "elsewhere", ManualClock())
@@ -170,7 +231,9 @@ async def test_a_restore_into_an_empty_directory_is_a_move(store_class: StoreCla
     assert await value_of(store_class, tmp_path / "elsewhere") == 1
 
 
-async def test_a_backup_never_replaces_another(store_class: StoreClass, tmp_path: Path) -> None:
+async def test_a_backup_never_replaces_another(
+    store_class: StoreClass, tmp_path: Path
+) -> None:
     directory = await filled(store_class, tmp_path / "state")
     (tmp_path / "backup").write_text("precious")
 
@@ -191,7 +254,9 @@ async def test_damaged_state_is_not_called_a_backup(tmp_path: Path) -> None:
     assert not (tmp_path / "backup").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"something else", b"SQLite format 3\0" + b"\1" * 5000])
+@pytest.mark.parametrize(
+    "content", [b"", b"something else", b"SQLite format 3\0" + b"\1" * 5000]
+)
 async def test_what_is_no_backup_is_refused_and_nothing_changes(
     store_class: StoreClass, tmp_path: Path, content: bytes
 ) -> None:
@@ -207,7 +272,9 @@ async def test_what_is_no_backup_is_refused_and_nothing_changes(
     assert tree(directory) == before
 
 
-async def test_restore_and_migrate_refuse_a_running_desk(store_class: StoreClass, tmp_path: Path) -> None:
+async def test_restore_and_migrate_refuse_a_running_desk(
+    store_class: StoreClass, tmp_path: Path
+) -> None:
     directory = await filled(store_class, tmp_path / "state")
     _tools.backup(directory, tmp_path / "backup")
     lock = DirectoryLock(directory, ManualClock())
@@ -221,7 +288,9 @@ async def test_restore_and_migrate_refuse_a_running_desk(store_class: StoreClass
     lock.release()
 
 
-async def test_migrate_says_that_nothing_had_to_change(store_class: StoreClass, tmp_path: Path) -> None:
+async def test_migrate_says_that_nothing_had_to_change(
+    store_class: StoreClass, tmp_path: Path
+) -> None:
     directory = await filled(store_class, tmp_path)
 
     facts = await asyncio.to_thread(_tools.migrate, directory, ManualClock())
@@ -238,6 +307,65 @@ async def test_a_newer_state_is_inspected_but_not_migrated(tmp_path: Path) -> No
     assert "version 9 is newer" in _tools.inspect(directory)["integrity"]
     with pytest.raises(NewerSchemaError):
         await asyncio.to_thread(_tools.migrate, directory, ManualClock())
+
+
+BUSY_DESK = textwrap.dedent(
+    """
+    import asyncio, sys
+    from pathlib import Path
+    from nightdesk.abc import Put
+    from nightdesk.kernel.clock import SystemClock
+    from nightdesk.stores.files import FilesStore
+    from nightdesk.stores.sqlite import SqliteStore
+
+    async def main():
+        store = {"SqliteStore": SqliteStore, "FilesStore": FilesStore}[sys.argv[2]](Path(sys.argv[1]), clock=SystemClock())
+        await store.start()
+        n = 0
+        while True:
+            n += 1
+            await store.save([Put("context", f"{part}{n % 100}", b"%d" % n) for part in "ab"])
+            print(n, flush=True)
+
+    asyncio.run(main())
+    """
+)
+
+
+@pytest.mark.process
+def test_a_backup_beside_a_busy_desk_in_another_process_holds_whole_batches(
+    store_class: StoreClass, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        "-c",
+        BUSY_DESK,
+        str(tmp_path / "state"),
+        store_class.__name__,
+    ]
+    desk = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert desk.stdout is not None
+    for _ in range(20):
+        acknowledged = int(desk.stdout.readline())
+    try:
+        facts = [
+            _tools.backup(tmp_path / "state", tmp_path / f"backup-{n}")
+            for n in range(3)
+        ]
+        assert _tools.inspect(tmp_path / "state")["locked"]
+        assert desk.poll() is None
+    finally:
+        desk.kill()
+        desk.wait()
+        desk.stdout.close()
+    _tools.restore(tmp_path / "backup-2", tmp_path / "restored", ManualClock())
+
+    assert [each["integrity"] for each in facts] == ["ok"] * 3
+    values = {
+        line["key"]: line["data"] for line in _tools.export(tmp_path / "restored")
+    }
+    assert max(values.values()) >= acknowledged
+    assert all(values[f"a{key[1:]}"] == values[f"b{key[1:]}"] for key in values)
 
 
 KILLED_RESTORE = textwrap.dedent(
@@ -272,7 +400,10 @@ async def test_a_restore_killed_anywhere_leaves_the_old_or_the_new_state(
     step = 0
     while True:
         directory = await filled(store_class, tmp_path / f"state-{step}", "7")
-        done = subprocess.run([sys.executable, "-c", KILLED_RESTORE, backup, directory, str(step)], check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED_RESTORE, backup, directory, str(step)],
+            check=False,
+        )
         outcomes.append(await value_of(store_class, directory))
         assert not (directory / _restore.PENDING).exists()
         if done.returncode == 0:

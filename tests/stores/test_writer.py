@@ -4,8 +4,8 @@ import asyncio
 import threading
 
 import pytest
-from fakes.clock import ManualClock
 
+from fakes.clock import ManualClock
 from nightdesk.abc import Delete, Put
 from nightdesk.errors import CapacityError, StateNotWritableError
 from nightdesk.stores._writer import DiskFull, GroupWriter, Operations, WriterState
@@ -77,7 +77,10 @@ async def test_what_gathers_during_a_commit_is_committed_together() -> None:
 
     assert sum(len(group) for group in desk.keeper.groups) == 51
     assert len(desk.keeper.groups) <= 3
-    assert [key for group in desk.keys() for key in group] == ["first", *map(str, range(50))]
+    assert [key for group in desk.keys() for key in group] == [
+        "first",
+        *map(str, range(50)),
+    ]
     await desk.stop()
 
 
@@ -85,13 +88,21 @@ async def test_of_several_writes_in_one_group_the_last_is_kept() -> None:
     desk = Desk()
     desk.keeper.gate.clear()
     desk.save("0")
-    for operation in (Put("a", "1", b"old"), Put("a", "2", b""), Delete("a", "1"), Put("a", "1", b"new")):
+    for operation in (
+        Put("a", "1", b"old"),
+        Put("a", "2", b""),
+        Delete("a", "1"),
+        Put("a", "1", b"new"),
+    ):
         last = desk.writer.save((operation,), 200)
 
     desk.keeper.gate.set()
     await last
 
-    assert [op for group in desk.keeper.groups for op in group][-2:] == [Put("a", "2", b""), Put("a", "1", b"new")]
+    assert [op for group in desk.keeper.groups for op in group][-2:] == [
+        Put("a", "2", b""),
+        Put("a", "1", b"new"),
+    ]
     assert desk.writer.waiting_bytes == 0
     await desk.stop()
 
@@ -125,7 +136,9 @@ async def test_a_full_queue_refuses_at_once_and_keeps_what_it_has() -> None:
 
 
 @pytest.mark.parametrize("inline", [True, False])
-async def test_after_a_failed_commit_every_save_fails_and_nothing_is_tried_again(inline: bool) -> None:
+async def test_after_a_failed_commit_every_save_fails_and_nothing_is_tried_again(
+    inline: bool,
+) -> None:
     """R-17: a second fsync that succeeds proves nothing."""
     desk = Desk(inline=inline)
     await desk.save("good")
@@ -145,10 +158,14 @@ async def test_after_a_failed_commit_every_save_fails_and_nothing_is_tried_again
     await desk.stop()
 
 
-async def test_a_failure_nobody_awaits_is_reported_once_and_not_by_the_collector() -> None:
+async def test_a_failure_nobody_awaits_is_reported_once_and_not_by_the_collector() -> (
+    None
+):
     desk = Desk()
     complaints: list[object] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    asyncio.get_running_loop().set_exception_handler(
+        lambda _, context: complaints.append(context)
+    )
     desk.keeper.trouble = OSError(5, "Input/output error")
     for n in range(5):
         desk.writer.save((Put("a", str(n), b""),), 10)
@@ -160,7 +177,9 @@ async def test_a_failure_nobody_awaits_is_reported_once_and_not_by_the_collector
 
 
 @pytest.mark.parametrize("inline", [True, False])
-async def test_a_full_disk_fails_saves_but_keeps_them_in_line_until_there_is_space(inline: bool) -> None:
+async def test_a_full_disk_fails_saves_but_keeps_them_in_line_until_there_is_space(
+    inline: bool,
+) -> None:
     """F4: no order without its intent, nothing dropped, and it resumes by itself."""
     desk = Desk(inline=inline)
     desk.keeper.trouble = DiskFull("no space")

@@ -138,6 +138,8 @@ def halt(*, cancel: _Flag = False, flatten: _Flag = False, reason: _Reason = "",
     elif found["running"]:
         print(f"The desk does not answer. The flag file {found['path']} is written and the process signalled: it halts")
         print("at its next breath, and stays halted over a restart. If it is stuck for good, end it and start it again.")
+        if mode != "pause":
+            print(f"The flag only stops trading: ask for `halt --{mode}` again once the desk answers.")
     else:
         print(f"No desk is running. The flag file {found['path']} keeps the next one halted.")
     return 0

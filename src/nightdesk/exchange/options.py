@@ -18,8 +18,7 @@ from nightdesk.market.matching import ClientIdRule, MatchingEngine
 from nightdesk.model.instrument import Instrument
 from nightdesk.sources.replay import ReplaySource
 from nightdesk.sources.simulated import SimulatedSource
-from nightdesk.venues._faults import Faults
-from nightdesk.venues.paper import PaperVenue
+from nightdesk.venues.paper import Faults, PaperVenue
 
 __all__ = ["PaperOptions", "ProcessConfig", "build_feed", "build_local", "read_options"]
 

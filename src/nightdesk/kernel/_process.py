@@ -80,19 +80,22 @@ class HostProcess:
 
     def _starved(self, passed_s: float) -> float:
         try:
-            ran, waited, _ = Path(f"/proc/{self.pid}/schedstat").read_text().split()
-            state = (
-                Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-            )
+            ran, waited, state = self._read_schedule()
         except (OSError, ValueError):
             return 0.0
-        before, self._schedule = self._schedule, (int(ran), int(waited))
+        before, self._schedule = self._schedule, (ran, waited)
         if before is None:
             return 0.0
-        starved = (int(waited) - before[1]) / 1e9
+        starved = (waited - before[1]) / 1e9
         if state == "R":  # the wait that has not ended yet is not in the figures
-            starved = max(starved, passed_s - (int(ran) - before[0]) / 1e9)
+            starved = max(starved, passed_s - (ran - before[0]) / 1e9)
         return max(0.0, starved)
+
+    def _read_schedule(self) -> tuple[int, int, str]:
+        """Return how long the loop's thread ran, how long it waited for a core, and its state."""
+        ran, waited, _ = Path(f"/proc/{self.pid}/schedstat").read_text().split()
+        status = Path(f"/proc/{self.pid}/stat").read_text()
+        return int(ran), int(waited), status.rpartition(")")[2].split()[0]
 
     def resident_bytes(self) -> int:
         """Return the memory it holds; 0 when it is gone."""

@@ -33,6 +33,7 @@ from nightdesk.kernel.entries import (
 from nightdesk.kernel.figures import Histogram
 from nightdesk.kernel.hours import Calendars
 from nightdesk.kernel.loop import OWNER
+from nightdesk.kernel.planner import Planner
 from nightdesk.kernel.reports import Reports, reason_in
 from nightdesk.kernel.runner import Runner
 from nightdesk.kernel.sessions import Session, Sessions
@@ -46,10 +47,7 @@ from nightdesk.model.schedule import Schedule
 __all__ = ["Scheduler"]
 
 _SECOND_NS = 1_000_000_000
-_FREE_DELAY_NS = 100 * MS_NS
-_MAX_SPINS = 64  # runs in a row at no delay, before a task rests for one slot
 _BLOCKED_NS = 50 * MS_NS
-_STARTS_PER_MS = 16
 _REMEMBERED = 64  # runs of one task that its figures are taken from
 
 _IDLE, _HELD, _RUNNING = Stage.IDLE, Stage.HELD, Stage.RUNNING
@@ -89,7 +87,6 @@ class Scheduler:
     ) -> None:
         self._clock = clock
         self._monotonic = clock.monotonic_ns
-        self._random = random
         self._calendars = calendars or Calendars()
         self._step_observers = [
             o.on_step for o in observers if type(o).on_step is not Observer.on_step
@@ -119,7 +116,9 @@ class Scheduler:
         self._walls: WallTable[Entry | Session] = WallTable(
             clock, self._strike, self._on_jump
         )
-        self._phases: dict[int, int] = {}
+        self._planner = Planner(
+            random, self._dues.insert, self._enqueue, self._complete
+        )
         self.lags = Histogram()
         self._started = False
         self._stopping = False
@@ -305,7 +304,7 @@ class Scheduler:
                 f"task {task_id!r} is {entry.mode}; `nightdesk tasks resume {task_id}` first."
             )
         if entry.mode == "backoff":
-            self._activate(entry)
+            self._dues.insert(entry, self._monotonic())
         else:
             self.wake(task_id)
 
@@ -433,7 +432,7 @@ class Scheduler:
         if trigger.by_wall_clock:
             self._plan_wall(entry)
         elif trigger.kind == "every":
-            self._begin_grid(entry, now)
+            self._planner.begin_grid(entry, now)
         elif trigger.kind != "event" and not entry.asleep:
             entry.ready_ns = now
             self._enqueue_idle(entry)
@@ -446,30 +445,15 @@ class Scheduler:
         if entry.stage is _IDLE:
             self._enqueue(entry)
 
-    def _begin_grid(self, entry: Entry, now: int) -> None:
-        """Start the fixed rate anew: at once, but sixteen tasks of one interval per millisecond.
-
-        So a few tasks start together, and 100,000 do not fire in one burst for ever after. Not one
-        per millisecond: each wake-up of an idle process costs more than sixteen small runs.
-        """
-        interval = entry.interval_ns
-        if entry.asleep or not interval:
-            return
-        number = self._phases.get(interval, 0)
-        self._phases[interval] = number + 1
-        entry.grid_ns = now + number // _STARTS_PER_MS * MS_NS % interval
-        self._dues.insert(entry, self._jittered(entry, entry.grid_ns))
-
-    def _jittered(self, entry: Entry, due_ns: int) -> int:
-        jitter = entry.trigger.jitter_ns
-        return due_ns + int(self._random.random() * jitter) if jitter else due_ns
-
     def _fall_due(self, entry: Entry, now: int) -> None:
         due = entry.due_ns
         if entry.mode == "backoff":
             entry.mode = "active"
+            if entry.asleep:
+                entry.due_ns = NEVER  # its market closed meanwhile
+                return
         elif entry.stage is not _IDLE or entry.mode != "active":
-            return  # a run under way or queued makes this tick superfluous: `_rearm` counts it
+            return  # a run under way or queued makes this tick superfluous: `Planner.rearm` counts it
         elif 0 <= entry.grid_ns <= due:
             entry.grid_ns += entry.interval_ns
         entry.due_ns = NEVER
@@ -497,10 +481,10 @@ class Scheduler:
         self._remember(entry, now - entry.started_ns, blocked)
         if entry.failures is not None:
             self._supervisor.forgive(entry.failures)
-        if outcome is DONE:
+        if outcome is DONE and entry.mode != "removed":
             self._complete(entry, "it said so")
         elif entry.mode == "active":
-            self._rearm(entry, now, outcome)
+            self._planner.rearm(entry, now, outcome)
             if entry.again:
                 entry.again = False
                 entry.ready_ns = now
@@ -537,57 +521,6 @@ class Scheduler:
     def _note_overrun(self, entry: Entry, kind: str, text: str) -> None:
         entry.overruns += 1
         self._supervisor.warn(entry.id, kind, text, entry.ended_ns)
-
-    def _rearm(self, entry: Entry, now: int, outcome: Outcome) -> None:
-        """Plan the next run after a good one."""
-        interval = entry.interval_ns
-        grid = entry.grid_ns
-        if outcome is None and interval and grid >= 0:
-            if grid <= now:  # ticks that passed meanwhile become this one run
-                passed = (now - grid) // interval + 1
-                entry.missed += passed
-                grid += passed * interval
-                entry.grid_ns = grid
-            self._dues.insert(entry, self._jittered(entry, grid))
-            return
-        if entry.asleep:
-            return
-        if outcome is not None:
-            assert outcome is not DONE
-            self._rearm_after(entry, now, outcome)
-            return
-        kind = entry.trigger.kind
-        if kind == "free":
-            self._dues.insert(entry, now + _FREE_DELAY_NS)
-        elif kind == "continuous":
-            self._rearm_continuous(entry, now)
-        elif kind == "once" or (kind == "instant" and not entry.wall_ns):
-            self._complete(entry, "ran as scheduled")
-
-    def _rearm_after(self, entry: Entry, now: int, delay_s: Any) -> None:
-        """The task said itself when: its word goes before the schedule's."""
-        delay = int(delay_s * _SECOND_NS) if 0 < delay_s < 1e9 else 0
-        if not delay:
-            entry.spins += 1
-            if entry.spins < _MAX_SPINS:
-                entry.ready_ns = now
-                self._enqueue(entry)
-                return
-            # Two states that hand the task to each other for ever must not stop time itself.
-            delay = MS_NS
-        entry.spins = 0
-        if 0 <= entry.grid_ns < now + delay:
-            behind = now + delay - entry.grid_ns
-            entry.grid_ns += (behind // entry.interval_ns + 1) * entry.interval_ns
-        self._dues.insert(entry, now + delay)
-
-    def _rearm_continuous(self, entry: Entry, now: int) -> None:
-        # A run shorter than a slot rests until the next one: an empty task would otherwise spin.
-        if now - entry.started_ns >= MS_NS:
-            entry.ready_ns = now
-            self._enqueue(entry)
-        else:
-            self._dues.insert(entry, now + MS_NS)
 
     def _complete(self, entry: Entry, why: str) -> None:
         entry.mode = "completed"
@@ -684,7 +617,7 @@ class Scheduler:
         if what.mode == "backoff" or what.stage is not _IDLE:
             what.missed += 1
         elif what.trigger.jitter_ns:
-            self._dues.insert(what, self._jittered(what, monotonic))
+            self._dues.insert(what, self._planner.jittered(what, monotonic))
         else:
             what.ready_ns = monotonic - (now - due)
             self._enqueue(what)
@@ -711,14 +644,14 @@ class Scheduler:
             self._walls.insert(session, session.change_ns)
         if not changed:
             return
-        self._phases.clear()
+        self._planner.begin_anew()
         now = self._monotonic()
         for entry in changed:
             if entry.mode != "active" or entry.trigger.by_wall_clock:
                 continue
             entry.due_ns = entry.grid_ns = NEVER
             if entry.trigger.kind == "every":
-                self._begin_grid(entry, now)
+                self._planner.begin_grid(entry, now)
             elif entry.trigger.kind in ("continuous", "once") and not entry.asleep:
                 entry.ready_ns = now
                 self._enqueue_idle(entry)

@@ -53,5 +53,12 @@ class RecoveryReport(msgspec.Struct, kw_only=True):
             ("quarantined", self.quarantined),
         ):
             text += [f"{name}: {item}" for item in found]
-        verdict = "trading halted until an operator has looked" if self.differences else "ready"
-        return [*text, f"{'dry run, nothing changed; ' if self.dry_run else ''}{verdict} after {self.duration_ms:.1f} ms"]
+        verdict = (
+            "trading halted until an operator has looked"
+            if self.differences
+            else "ready"
+        )
+        return [
+            *text,
+            f"{'dry run, nothing changed; ' if self.dry_run else ''}{verdict} after {self.duration_ms:.1f} ms",
+        ]

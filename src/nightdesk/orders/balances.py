@@ -58,7 +58,9 @@ class BalanceCheck:
         damaged = []
         for record in await self._store.load(_KIND):
             try:
-                self._baselines[record.key] = msgspec.json.decode(record.data, type=dict[str, Decimal])
+                self._baselines[record.key] = msgspec.json.decode(
+                    record.data, type=dict[str, Decimal]
+                )
             except msgspec.MsgspecError as error:
                 damaged.append(RecordCorruptError(_KIND, record.key, str(error)))
         return damaged
@@ -78,7 +80,9 @@ class BalanceCheck:
             self._begin(venue, bases, balances, baseline or {})
             baseline = self._baselines[venue.name]
         if not balances and any(baseline.values()):
-            raise QueryFailedError(venue.name, "balances", "an empty reply, which is never read as flat")
+            raise QueryFailedError(
+                venue.name, "balances", "an empty reply, which is never read as flat"
+            )
         held = self._held(venue.name)
         found = []
         for asset, instruments in bases.items():
@@ -91,16 +95,23 @@ class BalanceCheck:
 
     def is_told(self, mismatch: Mismatch) -> bool:
         """Return whether this very difference has been reported while the desk ran."""
-        return self._told.get((mismatch.venue, mismatch.asset)) == mismatch.found - mismatch.expected
+        return (
+            self._told.get((mismatch.venue, mismatch.asset))
+            == mismatch.found - mismatch.expected
+        )
 
     def note_told(self, mismatch: Mismatch) -> None:
-        self._told[(mismatch.venue, mismatch.asset)] = mismatch.found - mismatch.expected
+        self._told[(mismatch.venue, mismatch.asset)] = (
+            mismatch.found - mismatch.expected
+        )
 
     async def accept(self, mismatches: Iterable[Mismatch]) -> None:
         """Take differences that the operator was told of as the new baseline, durably."""
         venues = set()
         for mismatch in mismatches:
-            self._baselines[mismatch.venue][mismatch.asset] += mismatch.found - mismatch.expected
+            self._baselines[mismatch.venue][mismatch.asset] += (
+                mismatch.found - mismatch.expected
+            )
             venues.add(mismatch.venue)
         if venues:
             await self._store.save([self._put(venue) for venue in sorted(venues)])
@@ -113,7 +124,10 @@ class BalanceCheck:
         known: Mapping[str, Decimal],
     ) -> None:
         held = self._held(venue.name)
-        fresh = {asset: balances.get(asset, _ZERO) - held.get(asset, _ZERO) for asset in bases}
+        fresh = {
+            asset: balances.get(asset, _ZERO) - held.get(asset, _ZERO)
+            for asset in bases
+        }
         self._baselines[venue.name] = {**fresh, **known}
         self._store.save([self._put(venue.name)])
 
@@ -137,4 +151,3 @@ def _bases(instruments: Mapping[str, Instrument]) -> dict[str, list[Instrument]]
         if ":" not in instrument.symbol and instrument.base not in quotes:
             bases.setdefault(instrument.base, []).append(instrument)
     return bases
-

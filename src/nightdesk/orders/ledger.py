@@ -34,7 +34,9 @@ _ZERO = Decimal(0)
 _EXACT = Context(prec=60)  # see portfolio/positions.py
 _RECENT_FILLS = 1_000
 _RECENT_STRANGERS = 1_000
-_UNPROVEN = frozenset({OrderStatus.INITIALIZED, OrderStatus.SUBMITTED, OrderStatus.UNKNOWN})
+_UNPROVEN = frozenset(
+    {OrderStatus.INITIALIZED, OrderStatus.SUBMITTED, OrderStatus.UNKNOWN}
+)
 _WORKING = frozenset({OrderStatus.ACCEPTED, OrderStatus.PARTIALLY_FILLED})
 _ENDED = frozenset({OrderStatus.CANCELED, OrderStatus.EXPIRED})
 
@@ -106,6 +108,9 @@ class Ledger:
 
     # --- looking --------------------------------------------------------------------------------------
 
+    def __len__(self) -> int:
+        return len(self._orders)
+
     def order(self, client_order_id: str) -> Order | None:
         return self._orders.get(client_order_id)
 
@@ -122,7 +127,7 @@ class Ledger:
 
     def recent(self, limit: int) -> list[Order]:
         """Return the newest orders, oldest of them first."""
-        newest = []
+        newest: list[Order] = []
         for cid in reversed(self._orders):
             if len(newest) >= limit:
                 break
@@ -144,7 +149,11 @@ class Ledger:
     def missing(self, client_order_id: str) -> Decimal:
         """Return how much the venue said was filled before the order ended, and is not booked yet."""
         end = self._ends.get(client_order_id)
-        return max(end.filled_quantity - self.booked(client_order_id), _ZERO) if end else _ZERO
+        return (
+            max(end.filled_quantity - self.booked(client_order_id), _ZERO)
+            if end
+            else _ZERO
+        )
 
     def is_ours(self, client_order_id: str) -> bool:
         return is_ours(client_order_id, self._code)
@@ -164,9 +173,15 @@ class Ledger:
             self._keys.add(fill.key)
             self._count(fill)
         contradictions = []
-        for order in sorted(orders, key=lambda order: (order.created_ns, order.client_order_id)):
+        for order in sorted(
+            orders, key=lambda order: (order.created_ns, order.client_order_id)
+        ):
             if order.status in (OrderStatus.INITIALIZED, OrderStatus.SUBMITTED):
-                order = replace(order, status=OrderStatus.UNKNOWN, reason="the desk ended before the reply was recorded")
+                order = replace(
+                    order,
+                    status=OrderStatus.UNKNOWN,
+                    reason="the desk ended before the reply was recorded",
+                )
             self._keep(order)
             booked = self.booked(order.client_order_id)
             if booked != order.filled_quantity:
@@ -192,7 +207,9 @@ class Ledger:
 
     def forget(self, task_id: str) -> tuple[list[Order], list[str]]:
         """Drop the finished orders of one task; return them with the keys of their fills."""
-        finished = [order for order in self.orders_of(task_id) if not order.status.is_open]
+        finished = [
+            order for order in self.orders_of(task_id) if not order.status.is_open
+        ]
         keys: list[str] = []
         for order in finished:
             cid = order.client_order_id
@@ -227,8 +244,13 @@ class Ledger:
             return self._end(order, event, now_ns)
         if isinstance(event, OrderRejected):
             return self._reject(order, event, now_ns)
-        if isinstance(event, OrderUnknown) and order.status in (OrderStatus.INITIALIZED, OrderStatus.SUBMITTED):
-            return self._set(order, now_ns, status=OrderStatus.UNKNOWN, reason=event.reason)
+        if isinstance(event, OrderUnknown) and order.status in (
+            OrderStatus.INITIALIZED,
+            OrderStatus.SUBMITTED,
+        ):
+            return self._set(
+                order, now_ns, status=OrderStatus.UNKNOWN, reason=event.reason
+            )
         return None
 
     def request_cancel(self, client_order_id: str, now_ns: int) -> Order | None:
@@ -241,9 +263,16 @@ class Ledger:
     def reopen(self, client_order_id: str, now_ns: int) -> Order | None:
         """Take a cancel back that never reached the venue: it holds the order as working. None: nothing changed."""
         order = self._orders[client_order_id]
-        if order.status is not OrderStatus.PENDING_CANCEL or client_order_id in self._ends:
+        if (
+            order.status is not OrderStatus.PENDING_CANCEL
+            or client_order_id in self._ends
+        ):
             return None
-        status = OrderStatus.PARTIALLY_FILLED if order.filled_quantity else OrderStatus.ACCEPTED
+        status = (
+            OrderStatus.PARTIALLY_FILLED
+            if order.filled_quantity
+            else OrderStatus.ACCEPTED
+        )
         return self._set(order, now_ns, status=status).order
 
     def _accept(self, order: Order, event: OrderAccepted, now_ns: int) -> Change | None:
@@ -263,17 +292,31 @@ class Ledger:
 
     def _reject(self, order: Order, event: OrderRejected, now_ns: int) -> Change | None:
         if order.status in _UNPROVEN:
-            return self._set(order, now_ns, status=OrderStatus.REJECTED, reason=f"{event.code}: {event.reason}")
+            return self._set(
+                order,
+                now_ns,
+                status=OrderStatus.REJECTED,
+                reason=f"{event.code}: {event.reason}",
+            )
         if order.status is OrderStatus.REJECTED:
             return None
-        return Change(order, trouble=f"order {order.client_order_id} is {order.status} and was reported rejected; ignored")
+        return Change(
+            order,
+            trouble=f"order {order.client_order_id} is {order.status} and was reported rejected; ignored",
+        )
 
-    def _end(self, order: Order, event: OrderCanceled | OrderExpired, now_ns: int) -> Change | None:
+    def _end(
+        self, order: Order, event: OrderCanceled | OrderExpired, now_ns: int
+    ) -> Change | None:
         cid = order.client_order_id
         if order.status is OrderStatus.FILLED:
             return None
         voi = order.venue_order_id or event.venue_order_id
-        status = OrderStatus.EXPIRED if isinstance(event, OrderExpired) else OrderStatus.CANCELED
+        status = (
+            OrderStatus.EXPIRED
+            if isinstance(event, OrderExpired)
+            else OrderStatus.CANCELED
+        )
         known = self._ends.get(cid)
         total = max(event.filled_quantity, known.filled_quantity if known else _ZERO)
         booked = self.booked(cid)
@@ -293,7 +336,14 @@ class Ledger:
             )
         if order.status in _ENDED:
             return None
-        return self._set(order, now_ns, trouble, status=status, venue_order_id=voi, reason=event.reason or None)
+        return self._set(
+            order,
+            now_ns,
+            trouble,
+            status=status,
+            venue_order_id=voi,
+            reason=event.reason or None,
+        )
 
     def _book(self, fill: Fill, now_ns: int) -> Change | None:
         if fill.key in self._keys or fill.quantity <= 0:
@@ -308,7 +358,9 @@ class Ledger:
         if order is None:
             return self._book_stranger(fill)
         revived = order.status is OrderStatus.REJECTED
-        order = self._with_totals(order, self._totals[fill.client_order_id], now_ns, fill.venue_order_id)
+        order = self._with_totals(
+            order, self._totals[fill.client_order_id], now_ns, fill.venue_order_id
+        )
         self._keep(order)
         if order.remaining_quantity < 0:
             text = f"order {order.client_order_id} is overfilled: quantity {order.request.quantity}, filled {order.filled_quantity}"
@@ -326,11 +378,18 @@ class Ledger:
         if order.venue_order_id is None or not self._strangers:
             return []
         changes = []
-        for fill in [f for f in self._strangers if (f.venue, f.venue_order_id) == (order.request.venue, order.venue_order_id)]:
+        for fill in [
+            f
+            for f in self._strangers
+            if (f.venue, f.venue_order_id)
+            == (order.request.venue, order.venue_order_id)
+        ]:
             self._strangers.remove(fill)
             fill = replace(fill, client_order_id=order.client_order_id)
             self._totals.setdefault(order.client_order_id, _Totals()).add(fill)
-            order = self._with_totals(order, self._totals[order.client_order_id], now_ns)
+            order = self._with_totals(
+                order, self._totals[order.client_order_id], now_ns
+            )
             self._keep(order)
             changes.append(Change(order, fill))
         return changes
@@ -345,7 +404,13 @@ class Ledger:
         else:
             self._strangers.append(fill)
 
-    def _with_totals(self, order: Order, totals: _Totals, now_ns: int, venue_order_id: str | None = None) -> Order:
+    def _with_totals(
+        self,
+        order: Order,
+        totals: _Totals,
+        now_ns: int,
+        venue_order_id: str | None = None,
+    ) -> Order:
         """Return `order` with its booked fills, and the status that follows from them."""
         status, reason = order.status, order.reason
         end = self._ends.get(order.client_order_id)
@@ -368,7 +433,9 @@ class Ledger:
             updated_ns=now_ns,
         )
 
-    def _set(self, order: Order, now_ns: int, trouble: str = "", **changes: Any) -> Change:
+    def _set(
+        self, order: Order, now_ns: int, trouble: str = "", **changes: Any
+    ) -> Change:
         order = replace(order, updated_ns=now_ns, **changes)
         self._keep(order)
         return Change(order, trouble=trouble, halts=bool(trouble))

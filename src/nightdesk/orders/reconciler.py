@@ -37,7 +37,9 @@ class Halts(Protocol):
     """How a difference stops trading, and how orders of others count against the limits."""
 
     async def halt(self, reason: str, actor: str) -> None: ...
-    async def halt_symbol(self, symbol: str, venue: str, reason: str, actor: str = ...) -> None: ...
+    async def halt_symbol(
+        self, symbol: str, venue: str, reason: str, actor: str = ...
+    ) -> None: ...
     def set_external(self, venue: str, orders: list[VenueOrder]) -> None: ...
 
 
@@ -86,6 +88,7 @@ class Reconciler:
         self._since_ns: dict[str, int] = {}
         self._suspects: set[str] = set()
         self._suspicions: set[str] = set()
+        self._contradictions: set[str] = set()
         self._orphans: dict[tuple[str, str, str], int] = {}
 
     def note_orphan(self, fill: Fill) -> None:
@@ -114,19 +117,31 @@ class Reconciler:
                 await self._sort_out(name, listed, report.adopted, report.external, dry)
         with self._step(report, "missed fills") as step:
             for venue in self._venues.values():
-                await self._attempt(step, venue, self._book_missed(venue, self._start_of(venue), step, dry))
+                await self._attempt(
+                    step,
+                    venue,
+                    self._book_missed(venue, self._start_of(venue), step, dry),
+                )
             report.booked_fills = step.count
             if not dry:
                 await self._look_for_orphans(report.adopted)
         with self._step(report, "balances") as step:
             mismatches: list[Mismatch] = []
             for venue in self._venues.values():
-                await self._attempt(step, venue, self._compare_at_start(venue, step, mismatches, dry))
+                await self._attempt(
+                    step, venue, self._compare_at_start(venue, step, mismatches, dry)
+                )
             report.differences += map(str, mismatches)
-        report.unresolved = [o.client_order_id for o in self._ledger.open_orders() if o.status is OrderStatus.UNKNOWN]
+        report.unresolved = [
+            o.client_order_id
+            for o in self._ledger.open_orders()
+            if o.status is OrderStatus.UNKNOWN
+        ]
         if report.differences and not dry:
             # The halt is durable before the difference becomes the new baseline: it is told exactly once, for sure.
-            await self._gate.halt("reconciliation at start: " + "; ".join(report.differences), "recovery")
+            await self._gate.halt(
+                "reconciliation at start: " + "; ".join(report.differences), "recovery"
+            )
             await self._balances.accept(mismatches)
 
     @contextmanager
@@ -137,12 +152,16 @@ class Reconciler:
         yield step
         step.duration_ms = (self._clock.monotonic_ns() - started_ns) / 1e6
 
-    async def _attempt(self, step: RecoveryStep, venue: Venue, work: Awaitable[None]) -> None:
+    async def _attempt(
+        self, step: RecoveryStep, venue: Venue, work: Awaitable[object]
+    ) -> None:
         try:
             await work
         except NightdeskError as error:
             step.notes.append(str(error))
-        except Exception as error:  # an adapter that stumbles must not keep the desk from starting
+        except (
+            Exception
+        ) as error:  # an adapter that stumbles must not keep the desk from starting
             step.notes.append(f"{venue.name}: {type(error).__name__}: {error}")
 
     async def _measure_clock(self, venue: Venue, step: RecoveryStep) -> None:
@@ -154,13 +173,24 @@ class Reconciler:
         step.count += 1
         offset_ms = (venue_ns - (before_ns + self._clock.now_ns()) // 2) / 1e6
         if abs(offset_ms) >= 500:
-            step.notes.append(f"the clock of {venue.name} is {offset_ms:+.0f} ms from ours")
+            step.notes.append(
+                f"the clock of {venue.name} is {offset_ms:+.0f} ms from ours"
+            )
 
     async def _list(self, venue: Venue, listings: dict[str, list[VenueOrder]]) -> None:
         listings[venue.name] = await venue.open_orders()
 
-    async def _resolve_all(self, listings: dict[str, list[VenueOrder]], step: RecoveryStep, report: RecoveryReport) -> None:
-        listed = {(name, o.client_order_id): o for name, orders in listings.items() for o in orders}
+    async def _resolve_all(
+        self,
+        listings: dict[str, list[VenueOrder]],
+        step: RecoveryStep,
+        report: RecoveryReport,
+    ) -> None:
+        listed = {
+            (name, o.client_order_id): o
+            for name, orders in listings.items()
+            for o in orders
+        }
         orders = self._ledger.open_orders()
         step.count = len(orders)
         turns = asyncio.Semaphore(_AT_ONCE)
@@ -181,11 +211,15 @@ class Reconciler:
                 waiting.append(asyncio.ensure_future(resolve(order)))
         if waiting:
             _, late = await asyncio.wait(waiting, timeout=_BUDGET_S)
-            for task in late:  # the resolver goes on with it; tasks see it as unknown meanwhile
+            for task in (
+                late
+            ):  # the resolver goes on with it; tasks see it as unknown meanwhile
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
 
-    async def _resolve(self, order: Order, deadline_ns: int, step: RecoveryStep, dry: bool) -> None:
+    async def _resolve(
+        self, order: Order, deadline_ns: int, step: RecoveryStep, dry: bool
+    ) -> None:
         """Ask until it is settled or the time is up; what is not settled stays with the resolver."""
         case = Case(self._clock.now_ns())
         if not dry:
@@ -203,7 +237,9 @@ class Reconciler:
             await self._clock.sleep(look.next_s)
             order = self._ledger.order(order.client_order_id) or order
 
-    def _carry_out(self, order: Order, look: Look, step: RecoveryStep, dry: bool) -> None:
+    def _carry_out(
+        self, order: Order, look: Look, step: RecoveryStep, dry: bool
+    ) -> None:
         if dry:
             step.notes += [_describe(event) for event in look.events]
         else:
@@ -214,7 +250,9 @@ class Reconciler:
         cursor = self._cursors.get(venue.name)
         return self._clock.now_ns() if cursor is None else max(cursor - _HOUR_NS, 0)
 
-    async def _book_missed(self, venue: Venue, since_ns: int, step: RecoveryStep | None, dry: bool) -> int:
+    async def _book_missed(
+        self, venue: Venue, since_ns: int, step: RecoveryStep | None, dry: bool
+    ) -> int:
         asked_ns = self._clock.now_ns()
         count = 0
         for fill in await venue.fills(since_ns):
@@ -248,7 +286,14 @@ class Reconciler:
 
     # --- what stands at the venues ------------------------------------------------------------------------
 
-    async def _sort_out(self, venue: str, listed: list[VenueOrder], adopted: list[str], external: list[str], dry: bool) -> None:
+    async def _sort_out(
+        self,
+        venue: str,
+        listed: list[VenueOrder],
+        adopted: list[str],
+        external: list[str],
+        dry: bool,
+    ) -> None:
         """Adopt what is ours and unknown; count what is of others, and never touch it (T-23)."""
         others = []
         for found in listed:
@@ -265,7 +310,11 @@ class Reconciler:
     async def _look_for_orphans(self, adopted: list[str]) -> None:
         for (name, symbol, cid), looks in list(self._orphans.items()):
             venue = self._venues.get(name)
-            if venue is None or looks >= _MOST_ORPHAN_LOOKS or self._ledger.order(cid) is not None:
+            if (
+                venue is None
+                or looks >= _MOST_ORPHAN_LOOKS
+                or self._ledger.order(cid) is not None
+            ):
                 del self._orphans[(name, symbol, cid)]
                 continue
             self._orphans[(name, symbol, cid)] = looks + 1
@@ -297,39 +346,86 @@ class Reconciler:
         self._suspects, self._suspicions = suspects, suspicions
         return report
 
-    async def _sweep_orders(self, venue: Venue, report: SweepReport, suspects: set[str]) -> None:
+    async def _sweep_orders(
+        self, venue: Venue, report: SweepReport, suspects: set[str]
+    ) -> None:
         before_ns = self._clock.now_ns()
         listed = await venue.open_orders()
         report.open_orders += len(listed)
-        since_ns = self._since_ns.get(venue.name, before_ns) - _OVERLAP_NS - round(venue.index_lag_s * _SECOND_NS)
+        since_ns = (
+            self._since_ns.get(venue.name, before_ns)
+            - _OVERLAP_NS
+            - round(venue.index_lag_s * _SECOND_NS)
+        )
         report.booked_fills += await self._book_missed(venue, since_ns, None, False)
         by_id = {found.client_order_id: found for found in listed}
         for order in self._ledger.open_orders():
-            if order.request.venue == venue.name and self._disagree(order, by_id.get(order.client_order_id)):
+            if order.request.venue == venue.name and self._disagree(
+                order, by_id.get(order.client_order_id)
+            ):
                 self._question(order.client_order_id, order, report, suspects)
         for cid in by_id:
             known = self._ledger.order(cid)
             if known is not None and not known.status.is_open:
-                self._question(cid, known, report, suspects)
+                await self._question_end(by_id[cid], known, report, suspects)
         await self._sort_out(venue.name, listed, report.adopted, report.external, False)
 
     def _disagree(self, order: Order, found: VenueOrder | None) -> bool:
         if order.status in (OrderStatus.INITIALIZED, OrderStatus.SUBMITTED):
             return False  # its reply is awaited
-        return found is None or found.filled_quantity != order.filled_quantity or order.status is OrderStatus.PENDING_CANCEL
+        return (
+            found is None
+            or found.filled_quantity != order.filled_quantity
+            or order.status is OrderStatus.PENDING_CANCEL
+        )
 
-    def _question(self, cid: str, order: Order, report: SweepReport, suspects: set[str]) -> None:
+    def _question(
+        self, cid: str, order: Order, report: SweepReport, suspects: set[str]
+    ) -> None:
         suspects.add(cid)
-        if cid in self._suspects and self._clock.now_ns() - order.updated_ns > _SETTLED_NS:
+        if (
+            cid in self._suspects
+            and self._clock.now_ns() - order.updated_ns > _SETTLED_NS
+        ):
             report.questioned.append(cid)
             self._resolver.watch(cid, after_s=0.0)
 
-    async def _sweep_balances(self, venue: Venue, report: SweepReport, suspicions: set[str]) -> None:
+    async def _question_end(
+        self, found: VenueOrder, order: Order, report: SweepReport, suspects: set[str]
+    ) -> None:
+        """An order that ended here works at the venue: believe the venue, and stop its instrument."""
+        cid = order.client_order_id
+        suspects.add(cid)
+        if (
+            cid not in self._suspects
+            or self._clock.now_ns() - order.updated_ns <= _SETTLED_NS
+        ):
+            return
+        if order.status is OrderStatus.REJECTED:
+            look = self._resolver.read(order, found, (), Case(self._clock.now_ns()))
+            self._resolver.carry_out(
+                cid, look
+            )  # the ledger revives it, and halts the instrument
+        elif cid not in self._contradictions:
+            text = f"order {cid} is {order.status} in the ledger and works at {found.venue} as {found.venue_order_id}"
+            self._contradictions.add(cid)
+            report.differences.append(text)
+            await self._gate.halt_symbol(
+                order.request.symbol, found.venue, text, "reconciliation"
+            )
+
+    async def _sweep_balances(
+        self, venue: Venue, report: SweepReport, suspicions: set[str]
+    ) -> None:
         for mismatch in await self._balances.compare(venue):
             text = str(mismatch)
             suspicions.add(text)
             quiet = self._clock.now_ns() - self._ledger.last_change_ns > _SETTLED_NS
-            if text not in self._suspicions or not quiet or self._balances.is_told(mismatch):
+            if (
+                text not in self._suspicions
+                or not quiet
+                or self._balances.is_told(mismatch)
+            ):
                 continue
             self._balances.note_told(mismatch)
             report.differences.append(text)

@@ -39,7 +39,9 @@ _MISSES = 5
 _MISSING_FOR_S = 5.0
 _AT_ONCE = 8
 _TELL_AFTER = 10
-_UNPROVEN = frozenset({OrderStatus.INITIALIZED, OrderStatus.SUBMITTED, OrderStatus.UNKNOWN})
+_UNPROVEN = frozenset(
+    {OrderStatus.INITIALIZED, OrderStatus.SUBMITTED, OrderStatus.UNKNOWN}
+)
 
 
 class Case(msgspec.Struct):
@@ -188,7 +190,9 @@ class Resolver:
     def _is_closed(self, order: Order, case: Case) -> bool:
         if not order.status.is_open:
             return True
-        waits = order.status is OrderStatus.UNKNOWN or self._ledger.missing(order.client_order_id)
+        waits = order.status is OrderStatus.UNKNOWN or self._ledger.missing(
+            order.client_order_id
+        )
         return case.only_unknown and not waits
 
     def carry_out(self, client_order_id: str, look: Look) -> None:
@@ -200,7 +204,11 @@ class Resolver:
 
     def _describe(self, client_order_id: str, case: Case) -> str:
         seconds = (self._clock.now_ns() - case.sent_by_ns) / _SECOND_NS
-        failure = f", {case.failures} of them failed, the last: {case.last_failure}" if case.failures else ""
+        failure = (
+            f", {case.failures} of them failed, the last: {case.last_failure}"
+            if case.failures
+            else ""
+        )
         return (
             f"order {client_order_id} is unresolved after {case.looks} look-ups in {seconds:.1f} s{failure}; "
             "it counts as working until the venue proves what became of it"
@@ -214,7 +222,9 @@ class Resolver:
         venue = self._venues.get(order.request.venue)
         try:
             if venue is None:
-                raise QueryFailedError(order.request.venue, "find_order", "no such venue is configured")
+                raise QueryFailedError(
+                    order.request.venue, "find_order", "no such venue is configured"
+                )
             return await self._ask(venue, order, case)
         except NightdeskError as error:
             case.last_failure = str(error)
@@ -248,7 +258,9 @@ class Resolver:
             return await self._never_arrived(venue, now, case, words)
         return self._vanished(venue, now, case)
 
-    def read(self, order: Order, found: VenueOrder, fills: Iterable[Fill], case: Case) -> Look:
+    def read(
+        self, order: Order, found: VenueOrder, fills: Iterable[Fill], case: Case
+    ) -> Look:
         """Return what the venue's own word about `order`, and its fills, prove."""
         cid = order.client_order_id
         events: list[OrderEvent] = []
@@ -262,8 +274,14 @@ class Resolver:
         }
         if found.status is OrderStatus.REJECTED:
             reason = found.reason or "the venue lists it as rejected"
-            return Look([OrderRejected(**common, code="REJECTED", reason=reason)], settled=True)
-        if order.status in _UNPROVEN or order.venue_order_id is None:
+            return Look(
+                [OrderRejected(**common, code="REJECTED", reason=reason)], settled=True
+            )
+        if (
+            order.status in _UNPROVEN
+            or order.status is OrderStatus.REJECTED
+            or order.venue_order_id is None
+        ):
             events.append(OrderAccepted(**common))
         for fill in fills:
             if not self._ledger.has_fill(fill.key):
@@ -272,9 +290,19 @@ class Resolver:
         is_complete = booked >= found.filled_quantity
         end = _end_of(order, found)
         if end is not None:
-            events.append(end(**common, filled_quantity=found.filled_quantity, reason=found.reason or ""))
+            events.append(
+                end(
+                    **common,
+                    filled_quantity=found.filled_quantity,
+                    reason=found.reason or "",
+                )
+            )
             return Look(events, settled=is_complete)
-        if found.status is OrderStatus.FILLED or not is_complete or self._ledger.missing(cid):
+        if (
+            found.status is OrderStatus.FILLED
+            or not is_complete
+            or self._ledger.missing(cid)
+        ):
             return Look(events, settled=booked >= order.request.quantity)
         if order.status is OrderStatus.PENDING_CANCEL:
             wait_s = (case.reopen_ns - self._clock.now_ns()) / _SECOND_NS
@@ -283,7 +311,9 @@ class Resolver:
             return Look(events, settled=True, reopen=True)
         return Look(events, settled=True)
 
-    async def _never_arrived(self, venue: Venue, order: Order, case: Case, words: str) -> Look:
+    async def _never_arrived(
+        self, venue: Venue, order: Order, case: Case, words: str
+    ) -> Look:
         """Return a rejection only if every condition of R-5 holds, twice, the index lag apart."""
         lag_ns = round(venue.index_lag_s * _SECOND_NS)
         void_ns = case.sent_by_ns + round(venue.expiry_s * _SECOND_NS) + lag_ns
@@ -318,7 +348,9 @@ class Resolver:
         case.misses += 1
         case.first_miss_ns = case.first_miss_ns or now
         missing_s = (now - case.first_miss_ns) / _SECOND_NS
-        enough = case.misses >= _MISSES and missing_s >= max(_MISSING_FOR_S, venue.index_lag_s)
+        enough = case.misses >= _MISSES and missing_s >= max(
+            _MISSING_FOR_S, venue.index_lag_s
+        )
         if not enough or self._ledger.missing(order.client_order_id):
             return Look()
         event = OrderCanceled(
@@ -348,10 +380,15 @@ def fill_event(fill: Fill, client_order_id: str | None = None) -> OrderFilled:
     )
 
 
-def _end_of(order: Order, found: VenueOrder) -> type[OrderCanceled] | type[OrderExpired] | None:
+def _end_of(
+    order: Order, found: VenueOrder
+) -> type[OrderCanceled] | type[OrderExpired] | None:
     if found.status is OrderStatus.CANCELED:
         return OrderCanceled
-    short = found.status is OrderStatus.FILLED and found.filled_quantity < order.request.quantity
+    short = (
+        found.status is OrderStatus.FILLED
+        and found.filled_quantity < order.request.quantity
+    )
     if found.status is OrderStatus.EXPIRED or short:
         return OrderExpired
     return None
@@ -359,7 +396,8 @@ def _end_of(order: Order, found: VenueOrder) -> type[OrderCanceled] | type[Order
 
 def _is_same(found: VenueOrder, order: Order) -> bool:
     return found.client_order_id == order.client_order_id or (
-        order.venue_order_id is not None and found.venue_order_id == order.venue_order_id
+        order.venue_order_id is not None
+        and found.venue_order_id == order.venue_order_id
     )
 
 

@@ -119,6 +119,12 @@ class Gate:
             raise
         return self.exposure.add(task_id, request, client_order_id, price)
 
+    def why_stopped(self, request: OrderRequest) -> str | None:
+        """Return why an order that was let through a moment ago must not be sent any more, or None."""
+        if self._switch.state is TradingState.HALTED and not request.reduce_only:
+            return f"trading is halted by {self._switch.actor}: {self._switch.reason}"
+        return None
+
     def release(self, client_order_id: str) -> None:
         """Give a reservation back: the order was never sent, or has ended."""
         self.exposure.remove(client_order_id)
@@ -185,11 +191,9 @@ class Gate:
 
     def _check_state(self, request: OrderRequest, key: str) -> None:
         state = self._switch.state
-        if state is TradingState.HALTED and not request.reduce_only:
-            raise OrderDeniedError(
-                "TRADING_HALTED",
-                f"trading is halted by {self._switch.actor}: {self._switch.reason}",
-            )
+        stopped = self.why_stopped(request)
+        if stopped is not None:
+            raise OrderDeniedError("TRADING_HALTED", stopped)
         if state is TradingState.REDUCING and not request.reduce_only:
             held = self._positions.of(request.symbol, request.venue).quantity
             if not self._shrinks(request, key, held):

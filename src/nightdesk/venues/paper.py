@@ -58,6 +58,7 @@ from nightdesk.venues._statement import (
 )
 
 __all__ = [
+    "Faults",
     "Matching",
     "OrderSummary",
     "PaperVenue",

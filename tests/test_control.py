@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.control import FakeClock
 
+from fakes.control import FakeClock
 from nightdesk import control
 from nightdesk.control import ControlClient, ControlServer, RemoteError, socket_path
-from nightdesk.errors import DeskNotRunningError, DeskSilentError, StateNotWritableError, UnknownTaskError
+from nightdesk.errors import (
+    DeskNotRunningError,
+    DeskSilentError,
+    StateNotWritableError,
+    UnknownTaskError,
+)
 
 
 async def echo(verb: str, arguments: dict[str, Any], actor: str, reason: str) -> Any:
@@ -55,7 +60,12 @@ async def test_a_question_is_answered(tmp_path: Path) -> None:
 
     reply = await ask(tmp_path, "orders", {"limit": 5}, actor="me", reason="why not")
 
-    assert reply == {"verb": "orders", "arguments": {"limit": 5}, "actor": "me", "reason": "why not"}
+    assert reply == {
+        "verb": "orders",
+        "arguments": {"limit": 5},
+        "actor": "me",
+        "reason": "why not",
+    }
     assert server.stats()["served"] == 1
     await server.stop()
 
@@ -81,9 +91,15 @@ async def test_the_socket_is_private_and_goes_with_the_server(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("verb", "kind", "exit_code"),
-    [("unknown task", "UnknownTaskError", 2), ("bug", "ZeroDivisionError", 1), ("cancelled", "Cancelled", 1)],
+    [
+        ("unknown task", "UnknownTaskError", 2),
+        ("bug", "ZeroDivisionError", 1),
+        ("cancelled", "Cancelled", 1),
+    ],
 )
-async def test_an_error_keeps_its_type_and_exit_code(verb: str, kind: str, exit_code: int, tmp_path: Path) -> None:
+async def test_an_error_keeps_its_type_and_exit_code(
+    verb: str, kind: str, exit_code: int, tmp_path: Path
+) -> None:
     server = await serve(tmp_path)
 
     with pytest.raises(RemoteError) as caught:
@@ -94,9 +110,20 @@ async def test_an_error_keeps_its_type_and_exit_code(verb: str, kind: str, exit_
 
 
 @pytest.mark.parametrize(
-    "line", [b"nonsense", b"[]", b'{"id": 1}', b'{"verb": 5}', b'{"verb": "a", "arguments": 5}', b"\xff", b"[" * 5000]
+    "line",
+    [
+        b"nonsense",
+        b"[]",
+        b'{"id": 1}',
+        b'{"verb": 5}',
+        b'{"verb": "a", "arguments": 5}',
+        b"\xff",
+        b"[" * 5000,
+    ],
 )
-async def test_garbage_is_answered_and_the_next_request_still_works(line: bytes, tmp_path: Path) -> None:
+async def test_garbage_is_answered_and_the_next_request_still_works(
+    line: bytes, tmp_path: Path
+) -> None:
     server = await serve(tmp_path)
 
     replies = await raw(server.path, line + b'\n{"id": 2, "verb": "a"}\n')
@@ -151,8 +178,9 @@ async def test_a_client_that_does_not_read_is_dropped(tmp_path: Path) -> None:
     _, writer = await asyncio.open_unix_connection(str(server.path), limit=1024)
     writer.write(b'{"verb": "a"}\n')
 
-    while not server.stats()["dropped"]:
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(10):
+        while not server.stats()["dropped"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
     writer.close()
     await server.stop()
@@ -203,7 +231,9 @@ async def test_a_long_path_gets_a_short_socket_and_a_pointer(tmp_path: Path) -> 
     assert not (directory / "control.path").exists()
 
 
-async def test_a_directory_in_tmp_that_others_may_use_is_refused(tmp_path: Path) -> None:
+async def test_a_directory_in_tmp_that_others_may_use_is_refused(
+    tmp_path: Path,
+) -> None:
     open_to_all = tmp_path / "shared"
     open_to_all.mkdir(mode=0o777)
     open_to_all.chmod(0o777)
@@ -223,7 +253,9 @@ async def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
     await server.stop()
 
 
-async def test_a_directory_that_cannot_hold_a_socket_is_an_error_in_one_line(tmp_path: Path) -> None:
+async def test_a_directory_that_cannot_hold_a_socket_is_an_error_in_one_line(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "control.sock").mkdir()
 
     with pytest.raises(StateNotWritableError, match="control socket cannot be made"):
@@ -282,7 +314,9 @@ def test_halt_of_a_stuck_desk_leaves_the_flag_and_signals_it(tmp_path: Path) -> 
     before = signal.signal(signal.SIGUSR1, lambda number, _: signals.append(number))
     try:
         with stuck_desk(tmp_path):
-            found = control.halt(tmp_path, "cancel", actor="me", reason="smoke", timeout_s=0.05)
+            found = control.halt(
+                tmp_path, "cancel", actor="me", reason="smoke", timeout_s=0.05
+            )
     finally:
         signal.signal(signal.SIGUSR1, before)
 
@@ -310,7 +344,9 @@ def test_halt_that_can_do_nothing_says_so(tmp_path: Path) -> None:
 async def test_halt_of_a_healthy_desk_goes_by_the_socket(tmp_path: Path) -> None:
     server = await serve(tmp_path)
 
-    found = await asyncio.to_thread(control.halt, tmp_path, "pause", actor="me", reason="x")
+    found = await asyncio.to_thread(
+        control.halt, tmp_path, "pause", actor="me", reason="x"
+    )
 
     assert found["by"] == "desk"
     assert not (tmp_path / "HALT").exists()

@@ -51,7 +51,9 @@ def task(*lines: str) -> str:
 # --- the sample, key by key (F25) ---------------------------------------------------------------------
 
 
-def keys_of(node: yaml.Node, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], yaml.Node, yaml.Node]]:
+def keys_of(
+    node: yaml.Node, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], yaml.Node, yaml.Node]]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             yield (*path, key.value), key, value
@@ -69,7 +71,9 @@ def name(case: tuple[tuple[str, ...], yaml.Node, yaml.Node]) -> str:
     return f"{'.'.join(case[0])}:{case[1].start_mark.line + 1}"
 
 
-@pytest.mark.parametrize("case", [k for k in SAMPLE_KEYS if k[0][-2:-1] != ("balances",)], ids=name)
+@pytest.mark.parametrize(
+    "case", [k for k in SAMPLE_KEYS if k[0][-2:-1] != ("balances",)], ids=name
+)
 def test_each_misspelt_key_of_the_sample_is_named_with_its_line_and_the_right_spelling(
     case: tuple[tuple[str, ...], yaml.Node, yaml.Node], tmp_path: Path
 ) -> None:
@@ -80,7 +84,9 @@ def test_each_misspelt_key_of_the_sample_is_named_with_its_line_and_the_right_sp
     found = problems(tmp_path, text)
 
     line = f"line {key.start_mark.line + 1}: "
-    assert any(p.startswith(line) and wrong in p and f"'{path[-1]}'" in p for p in found), found
+    assert any(
+        p.startswith(line) and wrong in p and f"'{path[-1]}'" in p for p in found
+    ), found
 
 
 @pytest.mark.parametrize("case", SAMPLE_KEYS, ids=name)
@@ -95,13 +101,20 @@ def test_each_mistyped_value_of_the_sample_is_named_with_its_line_and_what_was_e
     found = problems(tmp_path, text)
 
     line = f"line {key.start_mark.line + 1}: "
-    assert any(p.startswith(line) and path[-1] in p and "expected" in p for p in found), found
+    assert any(
+        p.startswith(line) and path[-1] in p and "expected" in p for p in found
+    ), found
 
 
 def test_the_sample_is_sound_and_new_config_may_promise_so(tmp_path: Path) -> None:
     config = load(tmp_path, SAMPLE)
 
-    assert [entry.id for entry in config.tasks] == ["sell-btc", "stops", "candles", "regime"]
+    assert [entry.id for entry in config.tasks] == [
+        "sell-btc",
+        "stops",
+        "candles",
+        "regime",
+    ]
     assert config.kernel.max_park_s == 0.05
 
 
@@ -119,7 +132,10 @@ def test_the_packaged_desks_are_sound(template: str) -> None:
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
-    found = problems(tmp_path, "nmae: x\nkernel: {slice_us: fast, loop: uvlop}\nrisk: {max_orders_per_s: 0}\ncode: TOOLONG\n")
+    found = problems(
+        tmp_path,
+        "nmae: x\nkernel: {slice_us: fast, loop: uvlop}\nrisk: {max_orders_per_s: 0}\ncode: TOOLONG\n",
+    )
 
     assert len(found) == 5
     assert "Did you mean 'name'?" in found[0]
@@ -145,9 +161,9 @@ def test_no_secret_is_repeated_in_a_message(text: str, tmp_path: Path) -> None:
     found = problems(tmp_path, text)
 
     if "slice_us" not in text:
-        assert "CANARY-1" not in " ".join(found).replace("`instruments` is 'CANARY-1'", "").replace(
-            "`venues[0].instruments` is 'CANARY-1'", ""
-        )
+        assert "CANARY-1" not in " ".join(found).replace(
+            "`instruments` is 'CANARY-1'", ""
+        ).replace("`venues[0].instruments` is 'CANARY-1'", "")
     else:
         assert "user:***@host" in " ".join(found)
 
@@ -161,7 +177,9 @@ def test_secrets_of_a_configuration_are_found_for_the_logs(tmp_path: Path) -> No
         "    async def stop(self): ...\n"
     )
 
-    config = load(tmp_path, "sources:\n  - {name: s, type: shop.Shop, api_key: hunter222}\n")
+    config = load(
+        tmp_path, "sources:\n  - {name: s, type: shop.Shop, api_key: hunter222}\n"
+    )
 
     assert loading.secrets_of(config) == ["hunter222"]
 
@@ -184,7 +202,9 @@ def test_secrets_of_a_configuration_are_found_for_the_logs(tmp_path: Path) -> No
         (b"<<: 5\n", "alias of a mapping"),
     ],
 )
-def test_what_is_no_usable_yaml_is_refused_in_one_line(data: bytes, words: str, tmp_path: Path) -> None:
+def test_what_is_no_usable_yaml_is_refused_in_one_line(
+    data: bytes, words: str, tmp_path: Path
+) -> None:
     file = tmp_path / "desk.yaml"
     file.write_bytes(data)
 
@@ -247,7 +267,16 @@ def test_keys_and_times_are_read_as_they_are_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("5", 5), ("5s", 5), ("300ms", 0.3), ("5m", 300), ("1h", 3600), ("1.5s", 1.5), ("2d", 172800)]
+    ("text", "seconds"),
+    [
+        ("5", 5),
+        ("5s", 5),
+        ("300ms", 0.3),
+        ("5m", 300),
+        ("1h", 3600),
+        ("1.5s", 1.5),
+        ("2d", 172800),
+    ],
 )
 def test_durations_may_have_a_unit(text: str, seconds: float, tmp_path: Path) -> None:
     schedule = load(tmp_path, task(f"every: {text}")).tasks[0].schedule
@@ -256,7 +285,9 @@ def test_durations_may_have_a_unit(text: str, seconds: float, tmp_path: Path) ->
     assert schedule.every_s == seconds
 
 
-@pytest.mark.parametrize("text", ["-5", ".inf", ".nan", "5 parsecs", "1e999", "[5]", "true"])
+@pytest.mark.parametrize(
+    "text", ["-5", ".inf", ".nan", "5 parsecs", "1e999", "[5]", "true"]
+)
 def test_what_is_no_duration_is_refused(text: str, tmp_path: Path) -> None:
     assert "expected a duration" in problems(tmp_path, task(f"every: {text}"))[0]
 
@@ -264,7 +295,10 @@ def test_what_is_no_duration_is_refused(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (("every: 5s", "cron: '* * * * *'"), "one trigger, but here are every and cron"),
+        (
+            ("every: 5s", "cron: '* * * * *'"),
+            "one trigger, but here are every and cron",
+        ),
         (("every: 0",), "more than 0"),
         (("calendar: NSE",), "a trigger beside it"),
         (("cron: nonsense",), "cron fields"),
@@ -285,17 +319,31 @@ def test_what_is_no_duration_is_refused(text: str, tmp_path: Path) -> None:
         (("params: {order_quantty: 5}",), "Did you mean 'order_quantity'?"),
     ],
 )
-def test_what_is_wrong_with_a_task_is_said(lines: tuple[str, ...], words: str, tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_task_is_said(
+    lines: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
     found = problems(tmp_path, task(*lines))
 
     assert any(words in problem for problem in found), found
 
 
 def test_a_schedule_with_sessions_is_read(tmp_path: Path) -> None:
-    schedule = load(tmp_path, task("calendar: NSE", "open: 5s", "closed: pause", "jitter: 200ms")).tasks[0].schedule
+    schedule = (
+        load(
+            tmp_path,
+            task("calendar: NSE", "open: 5s", "closed: pause", "jitter: 200ms"),
+        )
+        .tasks[0]
+        .schedule
+    )
 
     assert schedule is not None
-    assert (schedule.calendar, schedule.open_s, schedule.closed_s, schedule.jitter_s) == ("NSE", 5, "pause", 0.2)
+    assert (
+        schedule.calendar,
+        schedule.open_s,
+        schedule.closed_s,
+        schedule.jitter_s,
+    ) == ("NSE", 5, "pause", 0.2)
 
 
 def test_the_long_form_of_a_schedule_means_the_same(tmp_path: Path) -> None:
@@ -308,7 +356,9 @@ def test_the_long_form_of_a_schedule_means_the_same(tmp_path: Path) -> None:
 def test_a_task_that_names_no_venue_of_the_desk_is_refused(tmp_path: Path) -> None:
     found = problems(tmp_path, SMALL.replace("venue: alpha", "venue: alhpa"))
 
-    assert found == ["line 10: `tasks[0].venue` is 'alhpa', expected one of alpha. Did you mean 'alpha'?"]
+    assert found == [
+        "line 10: `tasks[0].venue` is 'alhpa', expected one of alpha. Did you mean 'alpha'?"
+    ]
 
 
 def test_missing_parameters_are_named_with_their_type(tmp_path: Path) -> None:
@@ -326,17 +376,32 @@ def test_ids_and_names_are_unique(tmp_path: Path) -> None:
 
 
 def test_tasks_without_an_id_are_numbered_by_type(tmp_path: Path) -> None:
-    config = load(tmp_path, "tasks:\n  - type: candles\n  - type: candles\n  - type: regime\n")
+    config = load(
+        tmp_path, "tasks:\n  - type: candles\n  - type: candles\n  - type: regime\n"
+    )
 
     assert [entry.id for entry in config.tasks] == ["candles", "candles-2", "regime"]
 
 
 def test_feeds_of_a_venue_are_checked_like_sources(tmp_path: Path) -> None:
-    venue = SMALL.split("tasks:")[0].replace("type: paper", "type: paper\n    process: own\n    feeds: [{type: simulated, %s}]")
+    venue = SMALL.split("tasks:")[0].replace(
+        "type: paper",
+        "type: paper\n    process: own\n    feeds: [{type: simulated, %s}]",
+    )
 
-    assert load(tmp_path, venue % "interval_ms: 20").venues[0].options["feeds"][0]["interval_ms"] == 20
-    assert "Did you mean 'interval_ms'?" in problems(tmp_path, venue % "interval: 20")[0]
-    assert "has no `type`" in problems(tmp_path, venue.replace("type: simulated, ", "") % "seed: 1")[0]
+    assert (
+        load(tmp_path, venue % "interval_ms: 20")
+        .venues[0]
+        .options["feeds"][0]["interval_ms"]
+        == 20
+    )
+    assert (
+        "Did you mean 'interval_ms'?" in problems(tmp_path, venue % "interval: 20")[0]
+    )
+    assert (
+        "has no `type`"
+        in problems(tmp_path, venue.replace("type: simulated, ", "") % "seed: 1")[0]
+    )
 
 
 # --- flag > environment > file > default ---------------------------------------------------------------------
@@ -344,11 +409,25 @@ def test_feeds_of_a_venue_are_checked_like_sources(tmp_path: Path) -> None:
 
 def test_a_flag_beats_the_environment_which_beats_the_file(tmp_path: Path) -> None:
     text = "name: file\nlog_level: info\nseed: 1\n"
-    environment = {"NIGHTDESK__NAME": "environment", "NIGHTDESK__LOG_LEVEL": "warn", "HOME": "/root"}
+    environment = {
+        "NIGHTDESK__NAME": "environment",
+        "NIGHTDESK__LOG_LEVEL": "warn",
+        "HOME": "/root",
+    }
 
-    config = load(tmp_path, text, environment=environment, flags={"log_level": "debug", "mode": None})
+    config = load(
+        tmp_path,
+        text,
+        environment=environment,
+        flags={"log_level": "debug", "mode": None},
+    )
 
-    assert (config.name, config.log_level, config.seed, config.mode) == ("environment", "debug", 1, "development")
+    assert (config.name, config.log_level, config.seed, config.mode) == (
+        "environment",
+        "debug",
+        1,
+        "development",
+    )
 
 
 def test_entries_of_lists_are_reached_by_their_name(tmp_path: Path) -> None:
@@ -386,13 +465,20 @@ def test_entries_of_lists_are_reached_by_their_name(tmp_path: Path) -> None:
 def test_a_wrong_variable_is_named(variable: str, words: str, tmp_path: Path) -> None:
     found = problems(tmp_path, SMALL, environment={variable: "x"})
 
-    assert any(f"environment variable {variable}: " in problem and words in problem for problem in found), found
+    assert any(
+        f"environment variable {variable}: " in problem and words in problem
+        for problem in found
+    ), found
 
 
 def test_a_wrong_flag_is_named(tmp_path: Path) -> None:
-    found = problems(tmp_path, SMALL, flags={"log_level": "loud", "state.directory": "x"})
+    found = problems(
+        tmp_path, SMALL, flags={"log_level": "loud", "state.directory": "x"}
+    )
 
-    assert found == ["flag --log-level: `log_level` is 'loud', expected one of debug, info, warn, error."]
+    assert found == [
+        "flag --log-level: `log_level` is 'loud', expected one of debug, info, warn, error."
+    ]
 
 
 # --- the sections of design 004 --------------------------------------------------------------------------------
@@ -414,7 +500,10 @@ def test_design_004_sections_are_read(tmp_path: Path) -> None:
     assert by_id["sell"].enabled is False
     assert by_id["c"].schedule is not None
     assert by_id["c"].schedule.every_s == 30
-    assert by_id["c"].params == {"instruments": ("BTC/USDT@alpha",), "timeframes": ("1m", "15m")}
+    assert by_id["c"].params == {
+        "instruments": ("BTC/USDT@alpha",),
+        "timeframes": ("1m", "15m"),
+    }
     assert by_id["position_monitoring"].type == "position_monitor"
 
 
@@ -430,7 +519,9 @@ def test_design_004_sections_are_read(tmp_path: Path) -> None:
         ("background_tasks: {candles: {interval: soon}}\n", "a duration"),
     ],
 )
-def test_mistakes_in_design_004_sections_are_named(text: str, words: str, tmp_path: Path) -> None:
+def test_mistakes_in_design_004_sections_are_named(
+    text: str, words: str, tmp_path: Path
+) -> None:
     assert words in " ".join(problems(tmp_path, text))
 
 
@@ -447,7 +538,7 @@ def test_an_unknown_type_comes_with_a_suggestion() -> None:
         loading.load_class("task", "iceburg")
 
 
-GRID = '''\
+GRID = """\
 from nightdesk import Task, TaskContext
 
 class GridContext(TaskContext, kw_only=True):
@@ -462,7 +553,7 @@ class Other(Task[GridContext]):
 async def collect(desk, *, symbol: str = "BTC/USDT"): ...
 def greedy(a, b): ...
 NUMBER = 5
-'''
+"""
 
 
 def own(tmp_path: Path, module: str, text: str) -> None:
@@ -480,13 +571,18 @@ def test_a_dotted_name_is_the_users_own_class_or_function(tmp_path: Path) -> Non
     assert loading.load_task("grid_a.GridTask", config).__name__ == "GridTask"
     assert config.tasks[1].params == {"symbol": "ETH/USDT"}
     assert config.tasks[1].schedule is not None
-    assert config.tasks[1].schedule.once  # a function without a schedule runs once, as design 004 has it
+    assert config.tasks[
+        1
+    ].schedule.once  # a function without a schedule runs once, as design 004 has it
 
 
 @pytest.mark.parametrize(
     ("type_name", "words"),
     [
-        ("grid_b.Nothing", "has no task 'Nothing'. It has GridTask, Other, collect, greedy"),
+        (
+            "grid_b.Nothing",
+            "has no task 'Nothing'. It has GridTask, Other, collect, greedy",
+        ),
         ("grid_b.NUMBER", "has no task 'NUMBER'"),
         ("grid_b.greedy", "wants a, b"),
         ("missing_module.Task", "Put `missing_module.py`"),
@@ -494,10 +590,14 @@ def test_a_dotted_name_is_the_users_own_class_or_function(tmp_path: Path) -> Non
         ("grid_b.sub.deeper", "no module 'grid_b.sub'"),
     ],
 )
-def test_what_a_dotted_name_does_not_find_is_said(type_name: str, words: str, tmp_path: Path) -> None:
+def test_what_a_dotted_name_does_not_find_is_said(
+    type_name: str, words: str, tmp_path: Path
+) -> None:
     own(tmp_path, "grid_b", GRID)
 
-    assert words in " ".join(problems(tmp_path, f"tasks:\n  - {{type: '{type_name}', levels: 3}}\n"))
+    assert words in " ".join(
+        problems(tmp_path, f"tasks:\n  - {{type: '{type_name}', levels: 3}}\n")
+    )
 
 
 def test_a_module_with_two_tasks_must_be_told_which(tmp_path: Path) -> None:
@@ -519,7 +619,9 @@ def test_a_module_with_two_tasks_must_be_told_which(tmp_path: Path) -> None:
         ("raise SystemExit(3)\n", "line 1: SystemExit"),
     ],
 )
-def test_a_module_that_fails_is_named_with_file_and_line(text: str, words: str, tmp_path: Path) -> None:
+def test_a_module_that_fails_is_named_with_file_and_line(
+    text: str, words: str, tmp_path: Path
+) -> None:
     module = f"bad_{abs(hash(text))}"
     own(tmp_path, module, text)
 
@@ -544,7 +646,13 @@ def entry(**params: Any) -> TaskEntry:
 
 
 def test_a_context_takes_what_a_program_gives() -> None:
-    params = {"symbol": "BTC/USDT", "venue": "a", "side": "buy", "total_quantity": 0.1, "order_quantity": "0.05"}
+    params = {
+        "symbol": "BTC/USDT",
+        "venue": "a",
+        "side": "buy",
+        "total_quantity": 0.1,
+        "order_quantity": "0.05",
+    }
 
     context: Any = loading.make_context(IcebergTask, entry(**params), Config())
 
@@ -555,7 +663,11 @@ def test_a_context_takes_what_a_program_gives() -> None:
 
 def test_a_context_that_cannot_be_made_names_every_parameter() -> None:
     with pytest.raises(ConfigError) as caught:
-        loading.make_context(IcebergTask, entry(symbol="BTC/USDT", side="up", colour="red", total_quantity=1), Config())
+        loading.make_context(
+            IcebergTask,
+            entry(symbol="BTC/USDT", side="up", colour="red", total_quantity=1),
+            Config(),
+        )
 
     assert len(caught.value.problems) == 4
 
@@ -592,7 +704,10 @@ def test_adjustments_are_read_like_the_file() -> None:
     assert found["timeout_s"] == 20
 
 
-@pytest.mark.parametrize("changes", [{"every": "0"}, {"every": "soon"}, {"priority": "urgent"}, {"colour": "red"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"every": "0"}, {"every": "soon"}, {"priority": "urgent"}, {"colour": "red"}],
+)
 def test_an_adjustment_that_makes_no_sense_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(CommandError):
         loading.adjustments(changes)
@@ -603,5 +718,9 @@ def test_check_config_returns_problems_or_warnings(tmp_path: Path) -> None:
     good.write_text(SMALL + "    enabled: false\nstate: {store: memory}\n")
     bad.write_text("nmae: x\n")
 
-    assert [line.split(":")[0] for line in loading.check_config(good)] == ["warning"] * 5
-    assert loading.check_config(bad) == [f"{bad}: line 1: no key `nmae`. Did you mean 'name'?"]
+    assert [line.split(":")[0] for line in loading.check_config(good)] == [
+        "warning"
+    ] * 5
+    assert loading.check_config(bad) == [
+        f"{bad}: line 1: no key `nmae`. Did you mean 'name'?"
+    ]

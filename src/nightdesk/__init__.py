@@ -61,9 +61,21 @@ if TYPE_CHECKING:
     from nightdesk.config import Config
     from nightdesk.compat.execution import TaskManager
     from nightdesk.compat.registration import TaskConfig
-    from nightdesk.model.context import TaskContext, TaskExecutionResult, TradingStrategyState
+    from nightdesk.model.context import (
+        TaskContext,
+        TaskExecutionResult,
+        TradingStrategyState,
+    )
     from nightdesk.model.instrument import Instrument
-    from nightdesk.model.order import Fill, Order, OrderRequest, OrderStatus, OrderType, Side, TimeInForce
+    from nightdesk.model.order import (
+        Fill,
+        Order,
+        OrderRequest,
+        OrderStatus,
+        OrderType,
+        Side,
+        TimeInForce,
+    )
     from nightdesk.model.priority import Priority
     from nightdesk.model.schedule import Schedule
 

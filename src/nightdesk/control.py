@@ -32,7 +32,14 @@ from nightdesk.errors import (
 )
 from nightdesk.kernel.loop import Lane, lane
 
-__all__ = ["FLAG_NAME", "ControlClient", "ControlServer", "RemoteError", "halt", "socket_path"]
+__all__ = [
+    "FLAG_NAME",
+    "ControlClient",
+    "ControlServer",
+    "RemoteError",
+    "halt",
+    "socket_path",
+]
 
 Handler = Callable[[str, dict[str, Any], str, str], Awaitable[Any]]
 
@@ -43,7 +50,19 @@ MAX_REQUEST = 1024 * 1024
 MAX_REPLY = 64 * 1024 * 1024
 _MAX_PATH = 100  # sun_path holds 108 bytes on Linux, 104 on macOS
 _LOOKING = frozenset(
-    ["status", "tasks", "task.show", "orders", "fills", "positions", "trades", "opportunities", "performance", "logs", "workers"]
+    [
+        "status",
+        "tasks",
+        "task.show",
+        "orders",
+        "fills",
+        "positions",
+        "trades",
+        "opportunities",
+        "performance",
+        "logs",
+        "workers",
+    ]
 )
 
 
@@ -74,15 +93,25 @@ def _private_directory(path: Path) -> None:
     """Make a short socket's directory, and refuse one that somebody else has laid out (in /tmp)."""
     path.mkdir(mode=0o700, exist_ok=True)
     found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise StateNotWritableError(str(path), "is not a private directory of this user", "Remove it and start again.")
+    if (
+        not stat.S_ISDIR(found.st_mode)
+        or found.st_uid != os.getuid()
+        or stat.S_IMODE(found.st_mode) & 0o077
+    ):
+        raise StateNotWritableError(
+            str(path),
+            "is not a private directory of this user",
+            "Remove it and start again.",
+        )
 
 
 def _peer(connection: Any) -> tuple[int | None, int | None]:
     """Return the process and user at the other end; None where the platform does not say."""
     if not hasattr(socket, "SO_PEERCRED"):
         return None, None
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    raw = connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+    )
     pid, uid, _ = struct.unpack("3i", raw)
     return pid, uid
 
@@ -140,9 +169,13 @@ class ControlServer:
             listening = self._bind()
         except OSError as error:
             raise StateNotWritableError(
-                str(self.path), f"the control socket cannot be made ({error.strerror})", "Check the directory's owner."
+                str(self.path),
+                f"the control socket cannot be made ({error.strerror})",
+                "Check the directory's owner.",
             ) from error
-        self._server = await asyncio.start_unix_server(self._serve, sock=listening, limit=MAX_REQUEST)
+        self._server = await asyncio.start_unix_server(
+            self._serve, sock=listening, limit=MAX_REQUEST
+        )
 
     def _bind(self) -> socket.socket:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -192,7 +225,9 @@ class ControlServer:
 
     # --- one client -------------------------------------------------------------------------------------
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         conversation = asyncio.current_task()
         assert conversation is not None
         self._conversations.add(conversation)
@@ -225,11 +260,23 @@ class ControlServer:
             return f"{self._max_clients} clients are connected already; close one and try again"
         return ""
 
-    async def _answer_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def _answer_one(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> bool:
         try:
             line = await asyncio.wait_for(reader.readline(), self._idle_timeout_s)
-        except ValueError:  # longer than the limit: what follows cannot be told apart any more
-            await self._write(writer, _failure(None, "BadRequest", f"the request is longer than {MAX_REQUEST} bytes", 2))
+        except (
+            ValueError
+        ):  # longer than the limit: what follows cannot be told apart any more
+            await self._write(
+                writer,
+                _failure(
+                    None,
+                    "BadRequest",
+                    f"the request is longer than {MAX_REQUEST} bytes",
+                    2,
+                ),
+            )
             return False
         if not line:
             return False
@@ -240,18 +287,33 @@ class ControlServer:
         try:
             request = msgspec.json.decode(line)
             request_id, verb = request.get("id"), request["verb"]
-            arguments, reason = request.get("arguments") or {}, request.get("reason") or ""
+            arguments, reason = (
+                request.get("arguments") or {},
+                request.get("reason") or "",
+            )
             actor = str(request.get("actor") or "unknown")[:200]
-            if not (isinstance(verb, str) and isinstance(arguments, dict) and isinstance(reason, str)):
+            if not (
+                isinstance(verb, str)
+                and isinstance(arguments, dict)
+                and isinstance(reason, str)
+            ):
                 raise TypeError
-        except (msgspec.DecodeError, KeyError, TypeError, AttributeError, RecursionError):
+        except (
+            msgspec.DecodeError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ):
             text = 'expected one line such as {"id": 1, "verb": "status", "arguments": {}, "actor": "me", "reason": ""}'
             return _failure(None, "BadRequest", text, 2)
         self._served += 1
         started = self._clock.monotonic_ns()
         # Looking may wait; a command must not, so it runs in the desk's own lane.
         with lane(Lane.NORMAL if verb in _LOOKING else Lane.DESK):
-            command = asyncio.ensure_future(self._handler(verb, arguments, actor, reason[:2000]))
+            command = asyncio.ensure_future(
+                self._handler(verb, arguments, actor, reason[:2000])
+            )
         self._commands.add(command)
         command.add_done_callback(self._commands.discard)
         done, _ = await asyncio.wait({command}, timeout=self._request_timeout_s)
@@ -277,13 +339,26 @@ def _outcome(request_id: Any, command: asyncio.Task[Any], took_ms: float) -> byt
         return _failure(request_id, "Cancelled", "the desk is stopping", 1)
     error = command.exception()
     if error is None:
-        reply = msgspec.json.encode({"id": request_id, "result": command.result(), "took_ms": took_ms}, enc_hook=str)
+        reply = msgspec.json.encode(
+            {"id": request_id, "result": command.result(), "took_ms": took_ms},
+            enc_hook=str,
+        )
         if len(reply) > MAX_REPLY:
-            return _failure(request_id, "TooLarge", "the reply is too large; ask for less with a limit", 1)
+            return _failure(
+                request_id,
+                "TooLarge",
+                "the reply is too large; ask for less with a limit",
+                1,
+            )
         return reply + b"\n"
     if isinstance(error, NightdeskError):
         return _failure(request_id, type(error).__name__, str(error), error.exit_code)
-    return _failure(request_id, type(error).__name__, f"unexpected: {type(error).__name__}: {error}", 1)
+    return _failure(
+        request_id,
+        type(error).__name__,
+        f"unexpected: {type(error).__name__}: {error}",
+        1,
+    )
 
 
 def _failure(request_id: Any, kind: str, message: str, exit_code: int) -> bytes:
@@ -319,7 +394,14 @@ class ControlClient:
         self._buffer = b""
         self._count = 0
 
-    def ask(self, verb: str, arguments: Mapping[str, Any] | None = None, *, actor: str = "", reason: str = "") -> Any:
+    def ask(
+        self,
+        verb: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        actor: str = "",
+        reason: str = "",
+    ) -> Any:
         """Return the desk's reply.
 
         Raises:
@@ -328,14 +410,22 @@ class ControlClient:
             RemoteError: The desk refused.
         """
         self._count += 1
-        request = {"id": self._count, "verb": verb, "arguments": dict(arguments or {}), "actor": actor, "reason": reason}
+        request = {
+            "id": self._count,
+            "verb": verb,
+            "arguments": dict(arguments or {}),
+            "actor": actor,
+            "reason": reason,
+        }
         try:
             connection = self._connect()
             connection.sendall(json.dumps(request).encode() + b"\n")
             reply = json.loads(self._line(connection))
         except TimeoutError:
             self.close()
-            raise DeskSilentError(str(self.directory), verb, self.timeout_s, self.pid) from None
+            raise DeskSilentError(
+                str(self.directory), verb, self.timeout_s, self.pid
+            ) from None
         except (ConnectionError, FileNotFoundError, json.JSONDecodeError):
             self.close()
             raise DeskNotRunningError(str(self.directory)) from None
@@ -361,7 +451,9 @@ class ControlClient:
             try:
                 connection.connect(str(_known_path(self.directory)))
                 self.pid, uid = _peer(connection)
-            except BlockingIOError:  # so many wait already that the desk cannot be taking them
+            except (
+                BlockingIOError
+            ):  # so many wait already that the desk cannot be taking them
                 connection.close()
                 raise TimeoutError from None
             except OSError:
@@ -386,7 +478,9 @@ class ControlClient:
         return line
 
 
-def halt(directory: Path, mode: str, *, actor: str, reason: str, timeout_s: float = 2.0) -> dict[str, Any]:
+def halt(
+    directory: Path, mode: str, *, actor: str, reason: str, timeout_s: float = 2.0
+) -> dict[str, Any]:
     """Stop trading: by the socket, and if no answer comes in time, by the flag file that the desk watches.
 
     The file also holds when no desk runs: the next one starts halted (S-14).
@@ -400,7 +494,9 @@ def halt(directory: Path, mode: str, *, actor: str, reason: str, timeout_s: floa
     client = ControlClient(directory, timeout_s)
     try:
         with client:
-            found: dict[str, Any] = client.ask("halt", {"mode": mode}, actor=actor, reason=reason)
+            found: dict[str, Any] = client.ask(
+                "halt", {"mode": mode}, actor=actor, reason=reason
+            )
             return {**found, "by": "desk"}
     except (DeskNotRunningError, DeskSilentError, OSError) as error:
         running = not isinstance(error, DeskNotRunningError)
@@ -409,7 +505,14 @@ def halt(directory: Path, mode: str, *, actor: str, reason: str, timeout_s: floa
             # Only a process that listened on our own socket is signalled: anyone else would die of it.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(client.pid, signal.SIGUSR1)
-        return {"version": 1, "state": "HALTED", "mode": mode, "by": "flag file", "path": str(path), "running": running}
+        return {
+            "version": 1,
+            "state": "HALTED",
+            "mode": mode,
+            "by": "flag file",
+            "path": str(path),
+            "running": running,
+        }
 
 
 def _raise_flag(directory: Path, mode: str, actor: str, reason: str) -> Path:
@@ -428,6 +531,8 @@ def _raise_flag(directory: Path, mode: str, actor: str, reason: str) -> Path:
         Path(name).replace(path)
     except OSError as error:
         raise StateNotWritableError(
-            str(path), f"the halt flag cannot be written ({error.strerror})", "Stop the desk by its process id, then look."
+            str(path),
+            f"the halt flag cannot be written ({error.strerror})",
+            "Stop the desk by its process id, then look.",
         ) from error
     return path

@@ -5,7 +5,6 @@ Goes to: kernel/, orders/, risk/, venues/, sources/, stores/
 """
 
 import asyncio
-import gc
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -37,6 +36,7 @@ from nightdesk.kernel.clock import SystemClock
 from nightdesk.kernel.hours import Calendars
 from nightdesk.kernel.inbox import Inbox
 from nightdesk.kernel.loop import Lane, lane
+from nightdesk.kernel.memory import Collector
 from nightdesk.kernel.recovery import RecoveryReport
 from nightdesk.kernel.scheduler import Scheduler
 from nightdesk.kernel.switch import Switch
@@ -158,6 +158,7 @@ class TradingDesk(Observer):
         self.inbox.on_opportunity = self.switch.on_opportunity
         self.roster = Roster(self)
         self.watchdog: Watchdog | None = None
+        self.collector: Collector | None = None
 
     async def _build_doors(self) -> None:
         """Venues and sources; a venue in a process of its own is started here if it does not run."""
@@ -235,8 +236,11 @@ class TradingDesk(Observer):
         for chore in self._chores:
             chore.cancel()
         await asyncio.gather(*self._chores, return_exceptions=True)
+        await self.switch.stop()
         if self.watchdog is not None:
             self.watchdog.stop()
+        if self.collector is not None:
+            self.collector.stop()
         try:
             await self.checkpoints.drain()
         except NightdeskError as error:
@@ -275,10 +279,8 @@ class TradingDesk(Observer):
         self.watchdog.start()
         self._chore(self._reconcile_often())
         self._chore(self._watch_flag_file())
-        # What the start allocated lives as long as the desk: out of the collector's sight,
-        # a full collection no longer stands between an event and its handler.
-        gc.collect()
-        gc.freeze()
+        self.collector = Collector(self.loop)
+        self.collector.start()
 
     def _chore(self, work: Awaitable[None]) -> None:
         with lane(Lane.NORMAL):
@@ -329,7 +331,9 @@ class TradingDesk(Observer):
         if self.config.virtual_time:
             return
         since_s = self.clock.now_ns() / 1e9 - psutil.Process().create_time()
-        self.log.info("first action", task=task_id, since_process_start_s=round(since_s, 3))
+        self.log.info(
+            "first action", task=task_id, since_process_start_s=round(since_s, 3)
+        )
 
     def _on_stall(self, owner: str, lag_s: float, stack: str) -> None:
         """From the watchdog's thread: a task holds the loop (R-24)."""

@@ -272,7 +272,9 @@ class DeskNotRunningError(NightdeskError):
 class DeskSilentError(NightdeskError):
     """A desk is there and does not answer. Says what is known of it."""
 
-    def __init__(self, directory: str, verb: str, waited_s: float, pid: int | None) -> None:
+    def __init__(
+        self, directory: str, verb: str, waited_s: float, pid: int | None
+    ) -> None:
         self.directory, self.verb, self.pid = directory, verb, pid
         process = f" (process {pid})" if pid else ""
         super().__init__(

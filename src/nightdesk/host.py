@@ -484,6 +484,13 @@ class Host(Observer):
     def _finish(self, resident: _Resident, health: TaskHealth) -> None:
         self._send_contexts_now()
         self.line.send(Finished(self._with_state(health)))
+        self.line.chore(self._forget_finished(resident))
+
+    async def _forget_finished(self, resident: _Resident) -> None:
+        if self._residents.get(resident.id) is resident:
+            if self.scheduler.knows(resident.id):
+                await self.scheduler.remove(resident.id)
+            self._forget(resident.id)
 
     # --- contexts --------------------------------------------------------------------------------
 
@@ -588,9 +595,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=int, required=True, help="the shared page")
     parser.add_argument("--stack", type=int, required=True, help="file for stacks")
     parser.add_argument("--parent", type=int, required=True, help="pid of the desk")
+    parser.add_argument("--no-idle", action="store_true", help="usual priority")
     options = parser.parse_args(arguments)
     _die_with(options.parent)
-    _make_idle()
+    if not options.no_idle:
+        _make_idle()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable(options.stack)
     faulthandler.register(signal.SIGUSR2, options.stack)

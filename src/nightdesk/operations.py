@@ -116,7 +116,7 @@ async def _do_task__show(
         line["orders"] = [
             _order_line(order) for order in desk.orders.orders_of(task_id)[-20:]
         ]
-    line["waits_at"] = desk.scheduler.await_stack(task_id)
+    line["waits_at"] = local.waits_at() if local is not None else []
     return line
 
 

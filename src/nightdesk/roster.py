@@ -7,6 +7,7 @@ Goes to: kernel/scheduler.py, kernel/hosts.py, contexts.py
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -42,6 +43,7 @@ class LocalTask(msgspec.Struct):
     Attributes:
         history: `(UTC nanoseconds, state)` of its last changes of state.
         handling: Its opportunity handler is at work.
+        step: The coroutine of the cycle under way.
     """
 
     task: Task[Any]
@@ -49,10 +51,27 @@ class LocalTask(msgspec.Struct):
     type: str
     history: deque[tuple[int, str]]
     handling: bool = False
+    step: Any = None
 
     @property
     def id(self) -> str:
         return self.entry.id
+
+    def waits_at(self) -> list[str]:
+        """Return where its cycle waits, outermost first: `_tend (iceberg.py:68)`; empty between cycles."""
+        frames = []
+        inner = self.step
+        while inner is not None:
+            frame = getattr(inner, "cr_frame", None) or getattr(inner, "gi_frame", None)
+            if frame is not None:
+                code = frame.f_code
+                frames.append(
+                    f"{code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})"
+                )
+            inner = getattr(inner, "cr_await", None) or getattr(
+                inner, "gi_yieldfrom", None
+            )
+        return frames
 
 
 class Roster:
@@ -228,7 +247,11 @@ class Roster:
             self._desk.note_first_action(local.id)
         task = local.task
         state = task.context.state
-        result = await task.step()
+        local.step = task.step()
+        try:
+            result = await local.step
+        finally:
+            local.step = None
         if task.context.state != state:
             local.history.append((self._desk.clock.now_ns(), task.context.state))
         self._checkpoint(local)
@@ -254,6 +277,7 @@ class Roster:
 
     def _unlisten(self, local: LocalTask) -> None:
         self._desk.inbox.unsubscribe(local.id)
+        self._desk.switch.remove_handler(local.id)
 
     def _wake_by_event(self, local: LocalTask) -> Callable[[Event], None]:
         task, task_id, wake = local.task, local.id, self._desk.scheduler.wake

@@ -15,7 +15,7 @@ from nightdesk import wiring
 from nightdesk.config import Config
 from nightdesk.control import ControlServer
 from nightdesk.desk import TradingDesk
-from nightdesk.kernel.loop import new_event_loop
+from nightdesk.kernel.loop import in_lanes, new_event_loop
 from nightdesk.simulation.virtual import VirtualClock, VirtualLoop
 
 __all__ = ["run"]
@@ -32,7 +32,7 @@ def run(config: Config, *, view: View | None = None) -> int:
         NightdeskError: It could not start; `exit_code` of the error is the process's.
     """
     if config.virtual_time:
-        loop: asyncio.AbstractEventLoop = VirtualLoop(config.seed)
+        loop: asyncio.AbstractEventLoop = in_lanes(VirtualLoop)(config.seed)
         clock = VirtualClock(loop, wiring.start_of_recordings(config))
         desk = TradingDesk(config, loop, clock)
     else:

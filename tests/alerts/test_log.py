@@ -16,14 +16,24 @@ class Lines:
 
 
 @pytest.mark.parametrize(
-    ("level", "method"), [("info", "info"), ("warning", "warning"), ("critical", "critical"), ("odd", "error")]
+    ("level", "method"),
+    [
+        ("info", "info"),
+        ("warning", "warning"),
+        ("critical", "critical"),
+        ("odd", "error"),
+    ],
 )
-async def test_an_alert_becomes_one_log_line_of_its_level(level: str, method: str) -> None:
+async def test_an_alert_becomes_one_log_line_of_its_level(
+    level: str, method: str
+) -> None:
     log = Lines()
 
     await LogAlert(log).send(level, "sell-btc", "stop loss")
 
-    assert log.written == [(method, "stop loss", {"alert": level, "source": "sell-btc"})]
+    assert log.written == [
+        (method, "stop loss", {"alert": level, "source": "sell-btc"})
+    ]
 
 
 async def test_without_a_logger_it_takes_the_processs_own() -> None:

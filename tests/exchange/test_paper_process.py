@@ -7,11 +7,14 @@ import random
 import shutil
 import signal
 import tempfile
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from fakes.paper import RICH, SYMBOL, D, instrument, order, quote, trade
@@ -31,7 +34,7 @@ from nightdesk.exchange import (
     stop_paper_process,
 )
 from nightdesk.exchange.building import socket_path
-from nightdesk.exchange.options import build_feed
+from nightdesk.exchange.options import ProcessConfig, build_feed
 from nightdesk.exchange.paper_process import main
 from nightdesk.exchange.server import PaperServer
 from nightdesk.kernel.clock import SystemClock
@@ -489,3 +492,42 @@ async def test_a_process_that_cannot_start_is_reported_with_its_last_words(
 
     with pytest.raises(CommandError, match="moralis"):
         await ensure_paper_process(entry, home / "v")
+
+
+def test_the_process_serves_until_it_is_told_to_shut_down(home: Path) -> None:
+    """`main` itself, in this process, with a client in a thread."""
+    entry = VenueConfig(
+        name="A",
+        type="paper",
+        options={"instruments": [FACTS], "feeds": [{"type": "simulated"}]},
+    )
+    (home / "c.json").write_bytes(
+        msgspec.json.encode(ProcessConfig(venue=entry, directory=str(home / "v")))
+    )
+    stopped: list[bool] = []
+
+    def stop() -> None:
+        while not (home / "s").exists():
+            time.sleep(0.01)
+        stopped.append(asyncio.run(stop_paper_process("A", home / "s")))
+
+    client = threading.Thread(target=stop)
+    client.start()
+    code = main(["--config", str(home / "c.json"), "--socket", str(home / "s")])
+    client.join()
+
+    assert (code, stopped) == (0, [True])
+    assert (home / "v" / "exchange.pid").read_text() == ""
+    assert asyncio.run(stop_paper_process("A", home / "s")) is True
+
+
+def test_a_process_with_wrong_options_ends_with_the_code_of_the_error(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = VenueConfig(name="A", type="paper", options={"instruments": []})
+    (home / "c.json").write_bytes(
+        msgspec.json.encode(ProcessConfig(venue=entry, directory=str(home / "v")))
+    )
+
+    assert main(["--config", str(home / "c.json"), "--socket", str(home / "s")]) == 2
+    assert "0 entries" in capsys.readouterr().err

@@ -42,7 +42,13 @@ STATUS = {
     "epoch": 3,
     "tasks": {"total": 2, "by_status": {"running": 1, "waiting": 1}},
     "offenders": [
-        {"task_id": "bad", "kind": "blocks the loop", "detail": "5 s", "count": 3, "last_at": "2026-11-23T01:00:00.000Z"}
+        {
+            "task_id": "bad",
+            "kind": "blocks the loop",
+            "detail": "5 s",
+            "count": 3,
+            "last_at": "2026-11-23T01:00:00.000Z",
+        }
     ],
     "switch": {
         "count": 12,
@@ -51,8 +57,22 @@ STATUS = {
         "p999_us": 300.0,
         "max_us": 2_900_000.0,
         "last": [
-            {"handler": "arb", "key": "k", "edge_ppm": 2000, "outcome": "handled", "switch_us": 88.1, "parked": 12},
-            {"handler": "arb", "key": "k", "edge_ppm": 2000, "outcome": "late", "switch_us": 1888.1, "parked": 12},
+            {
+                "handler": "arb",
+                "key": "k",
+                "edge_ppm": 2000,
+                "outcome": "handled",
+                "switch_us": 88.1,
+                "parked": 12,
+            },
+            {
+                "handler": "arb",
+                "key": "k",
+                "edge_ppm": 2000,
+                "outcome": "late",
+                "switch_us": 1888.1,
+                "parked": 12,
+            },
         ],
     },
     "orders": {"open": 1, "unknown": 0},
@@ -112,7 +132,10 @@ POSITION = {
 }
 REPLIES: dict[str, dict[str, Any]] = {
     "status": STATUS,
-    "tasks": {"version": 1, "tasks": [TASK, {**TASK, "task_id": "candles", "status": "waiting"}]},
+    "tasks": {
+        "version": 1,
+        "tasks": [TASK, {**TASK, "task_id": "candles", "status": "waiting"}],
+    },
     "task.show": {
         "version": 1,
         **TASK,
@@ -126,7 +149,17 @@ REPLIES: dict[str, dict[str, Any]] = {
     "positions": {"version": 1, "positions": [POSITION]},
     "opportunities": {"version": 1, "opportunities": STATUS["switch"]["last"]},  # type: ignore[index]
     "performance": {"version": 1, "equity": "10012.123", "fees": "0.2000"},
-    "logs": {"version": 1, "logs": [{"at": "2026-11-23T01:00:00.000Z", "level": "info", "event": "hello", "task": "a"}]},
+    "logs": {
+        "version": 1,
+        "logs": [
+            {
+                "at": "2026-11-23T01:00:00.000Z",
+                "level": "info",
+                "event": "hello",
+                "task": "a",
+            }
+        ],
+    },
     "workers": {"version": 1, "hosts": [{"host": 0, "pid": 99, "tasks": ["a", "b"]}]},
     "halt": {"version": 1, "state": "HALTED", "cancelled": ["a"], "flattened": []},
     "resume_trading": {"version": 1, "state": "ACTIVE"},
@@ -143,7 +176,9 @@ class FakeDesk:
         self.replies = dict(REPLIES)
         self.on_ask: Callable[[str], None] = lambda verb: None
 
-    async def command(self, verb: str, arguments: dict[str, Any], actor: str, reason: str) -> Any:
+    async def command(
+        self, verb: str, arguments: dict[str, Any], actor: str, reason: str
+    ) -> Any:
         self.asked.append((verb, arguments, actor, reason))
         self.on_ask(verb)
         if verb.startswith("task.") and verb not in self.replies:

@@ -177,6 +177,11 @@ class Listener(Ticker):
         self.wait(3600)
 
 
+class Chooser(Listener):
+    def wants(self, event: Event) -> bool:
+        raise KeyError(event)
+
+
 class Churner(Ticker):
     """Takes and gives back a lot of memory each time: suspicious, and innocent."""
 

@@ -160,9 +160,10 @@ async def running_pool(
 ) -> AsyncIterator[HostPool]:
     """A pool of real hosts; afterwards none of its processes is left."""
     settings = {"hosts": 1, "stall_s": 0.6, "memory_mb": 400, **limits}
+    settings.setdefault("idle_priority", False)  # the test machine may be busy
     options = {
         name: settings.pop(name)
-        for name in ("successes", "log_level")
+        for name in ("successes", "log_level", "idle_priority")
         if name in settings
     }
     pool = HostPool(

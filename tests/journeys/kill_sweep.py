@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 PYTHON = sys.executable
-TOTAL = Decimal("0.600")
+TOTAL = Decimal("3.000")
 CHILD = Decimal("0.050")
 SYSCALLS = ("fdatasync", "sendto", "sendmsg", "write", "pwrite64")
 KILLS_PER_STORY = 6
@@ -34,10 +34,11 @@ PATIENCE_S = 60.0
 
 def desk_yaml(state: Path, process: str, seed: int) -> str:
     """Return the configuration of one story. Quotes move fast, so that children are replaced often."""
-    feed = f"""{{name: market, type: simulated, venues: [alpha], seed: {seed}, interval_ms: 10,
-           markets: {{BTC/USDT: {{price: 60000, tick_size: 0.1}}}}}}"""
-    own = f"feeds: [{feed}]" if process == "own" else "feeds: []"
-    sources = "sources: []" if process == "own" else f"sources: [{feed}]"
+    feed = f"name: market, type: simulated, seed: {seed}, interval_ms: 10, markets: {{BTC/USDT: {{price: 60000, tick_size: 0.1}}}}"
+    own = f"feeds: [{{{feed}}}]" if process == "own" else "feeds: []"
+    sources = (
+        "sources: []" if process == "own" else f"sources: [{{{feed}, venues: [alpha]}}]"
+    )
     return f"""
 name: sweep
 code: swp
@@ -222,7 +223,13 @@ def tell_story(number: int, folder: Path, by_syscall: bool) -> dict[str, Any]:
                     f"inject={name}:signal=SIGKILL:when={rng.randint(1, 120)}",
                 ]
             desk = Desk(config, state, log, strace)
-            deadline = time.monotonic() + (8.0 if by_syscall else rng.uniform(0.3, 2.2))
+            if by_syscall:
+                deadline = time.monotonic() + 8.0
+            elif rng.random() < 0.3:  # while it starts and recovers
+                deadline = time.monotonic() + rng.uniform(0.5, 2.5)
+            else:
+                desk.until_ready()
+                deadline = time.monotonic() + rng.uniform(0.0, 0.8)
             while desk.alive and time.monotonic() < deadline:
                 time.sleep(0.01)
             desk.kill()

@@ -157,7 +157,9 @@ def test_classes_may_be_added_and_are_named_when_unknown(play: Play) -> None:
         await cache.set("fees", "k", 1)
         return await cache.get("markt", "k")
 
-    with pytest.raises(ValueError, match=r"no cache class .markt.: .*fees, market, news"):
+    with pytest.raises(
+        ValueError, match=r"no cache class .markt.: .*fees, market, news"
+    ):
         play(script)
     assert cache.stats()["market"]["ttl_s"] == 1.0
 

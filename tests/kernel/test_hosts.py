@@ -458,6 +458,38 @@ async def test_a_quarantined_task_stays_so_over_a_restart_until_somebody_resumes
         await until(lambda: len(desk.counts("q")) > 2, "it runs")
 
 
+async def test_a_completed_task_is_kept_and_may_be_started_again(
+    tmp_path: Path,
+) -> None:
+    desk = RecordingCallbacks()
+    async with running_pool(tmp_path, desk) as pool:
+        await pool.run_task(hosted("once", schedule=Schedule(once=True)))
+        await until(lambda: desk.finished == ["once"], "it ran")
+        assert health_of(pool, "once").status == "completed"
+        assert (health_of(pool, "once").runs, pool.knows("once")) == (1, True)
+
+        await pool.steer("start", "once")
+        await until(lambda: desk.finished == ["once", "once"], "it ran again")
+
+        assert health_of(pool, "once").runs == 2
+
+
+async def test_a_callback_that_raises_costs_one_message_and_not_the_line(
+    tmp_path: Path,
+) -> None:
+    desk = RecordingCallbacks()
+    async with running_pool(tmp_path, desk) as pool:
+        desk.emit = None  # type: ignore[method-assign,assignment]
+        pool.push_quote(quote())
+        await pool.run_task(hosted("buyer", "Buyer"))
+
+        await until(lambda: desk.finished, "it completes all the same")
+
+        assert any(
+            "Emitted message of host 1 was dropped" in line[2] for line in desk.lines
+        )
+
+
 async def test_what_a_task_prints_ends_in_the_log(tmp_path: Path) -> None:
     desk = RecordingCallbacks()
     async with running_pool(tmp_path, desk) as pool:
@@ -482,7 +514,7 @@ async def test_a_host_runs_at_idle_priority_and_inherits_nothing(
     desk = RecordingCallbacks()
     with (tmp_path / "LOCK").open("w") as lock:
         os.set_inheritable(lock.fileno(), True)
-        async with running_pool(tmp_path, desk) as pool:
+        async with running_pool(tmp_path, desk, idle_priority=True) as pool:
             await until(lambda: pool.describe()[0]["status"] == "ready", "ready")
             pid = pool.describe()[0]["pid"]
 
@@ -547,7 +579,7 @@ async def test_ten_thousand_harmless_tasks_live_in_one_host(tmp_path: Path) -> N
         for number in range(10_000):
             await pool.run_task(hosted(f"t{number}", schedule=schedule))
 
-        await until(lambda: len(desk.contexts) == 10_000, "all have run", timeout_s=40)
+        await until(lambda: len(desk.contexts) == 10_000, "all have run")
 
         line: dict[str, Any] = pool.describe()[0]
         assert line["resident_mb"] < 400

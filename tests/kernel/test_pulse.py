@@ -187,7 +187,7 @@ def test_a_desk_that_was_suspended_itself_does_not_blame_its_hosts(
 async def test_a_process_that_is_gone_has_no_memory_no_stack_and_no_last_words(
     descriptor: int, tmp_path: Path
 ) -> None:
-    process, pulse, clock = vital(descriptor, tmp_path)
+    process, pulse, _ = vital(descriptor, tmp_path)
 
     assert process.resident_bytes() == 0
     assert process.cpu_s() == 0.0

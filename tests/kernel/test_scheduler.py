@@ -443,6 +443,23 @@ def test_continuous_and_cron_tasks_rest_while_their_market_is_closed(
     assert world.times("minutely") == pytest.approx([1], abs=0.002)
 
 
+def test_the_end_of_the_known_holidays_is_told_in_time(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Ending(FixedHours):
+        def get(self, name: str) -> Calendar:
+            horizon_s = instant_ns("2026-12-26T00:00:00+05:30") // SECOND_NS
+            return Calendar("NSE", "Asia/Kolkata", [], horizon_s)
+
+    world = make("2026-11-23T09:00:00+00:00", calendars=Ending())
+    world.add("a", schedule=Schedule(open_s=1.0, calendar="NSE"))
+    world.add("b", schedule=Schedule(open_s=1.0, calendar="NSE"))
+
+    world.play(1)
+
+    assert caplog.text.count("no holiday is known after 2026-12-25") == 1
+
+
 def test_a_restart_waits_for_the_market_to_open(make: Make) -> None:
     world = make("2026-11-23T09:59:57+00:00", calendars=FixedHours())
 

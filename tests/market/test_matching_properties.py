@@ -185,8 +185,9 @@ def test_money_is_conserved_and_no_order_is_overfilled(
 def test_every_fill_lies_inside_the_market_of_its_moment_and_within_its_limit(
     steps: list[tuple[str, Any]],
 ) -> None:
-    """Between the lowest and the highest of the quote before, the quote after, and the trade that hit it."""
+    """Between the lowest and the highest of the quotes and trades just before and at the fill."""
     run = Run()
+    printed: TradePrinted | None = None
     limits = {}
     last: QuoteChanged | None = None
     for step in steps:
@@ -194,8 +195,11 @@ def test_every_fill_lies_inside_the_market_of_its_moment_and_within_its_limit(
         if isinstance(step[1], QuoteChanged):
             last = step[1]
             seen += [last.bid, last.ask]
+        if printed:
+            seen.append(printed.price)
         if isinstance(step[1], TradePrinted):
-            seen.append(step[1].price)
+            printed = step[1]
+            seen.append(printed.price)
 
         for row in run.feed(step):
             if isinstance(row, Placed):

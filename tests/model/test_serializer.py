@@ -6,6 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,8 +45,8 @@ class IcebergTaskContext(TaskContext, kw_only=True):
 
 class PairContext(TaskContext, kw_only=True):
     symbol: str = ""
-    filled_quantity: dict[Side, Decimal] = {}
-    order_id: dict[Side, str | None] = {}
+    filled_quantity: dict[Side, Decimal] = msgspec.field(default_factory=dict)
+    order_id: dict[Side, str | None] = msgspec.field(default_factory=dict)
     leg: Leg = Leg.NEAR
     ratio: float = 0.0
 

@@ -13,6 +13,7 @@ import pytest
 from fakes.clock import ManualClock
 from fakes.disk import Event, MemoryOfDisk, crash_state
 from nightdesk.abc import Batch, Delete, Put
+from nightdesk.errors import StateDamagedError
 from nightdesk.stores import _journal as log
 from nightdesk.stores._directory import DirectoryStore
 from nightdesk.stores.files import FilesStore
@@ -185,7 +186,7 @@ def test_a_journal_of_64_kilobytes_cut_or_changed_anywhere_is_a_beginning_or_ref
         changed = data[:position] + bytes([data[position] ^ 16]) + data[position + 1 :]
         try:
             after = log.replay(changed, "journal.log")
-        except log.StateDamagedError:
+        except StateDamagedError:
             assert position < last
         else:
             assert position >= last and after.frames == len(batches) - 1
@@ -251,9 +252,9 @@ def test_a_killed_process_leaves_every_awaited_save_and_only_whole_batches(
             contexts(store_class(directory, clock=ManualClock(), inline=True))
         )
 
-        for key, number in acknowledged.items():
+        for key, least in acknowledged.items():
             assert found[f"{key}-a"] == found[f"{key}-b"]
-            assert found[f"{key}-a"] >= number
+            assert found[f"{key}-a"] >= least
 
 
 async def contexts(store: DirectoryStore) -> dict[str, int]:

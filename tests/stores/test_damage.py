@@ -1,10 +1,12 @@
 """F28: no byte of a state file can change or vanish and give a wrong value in silence."""
 
 import asyncio
+import operator
 import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,31 +105,33 @@ def damaged_copies(
     return work
 
 
-def flips(content: bytes, step: int) -> Iterator[Callable[[bytes], bytes]]:
+Damage = Callable[[bytes], bytes]
+
+
+def flips(content: bytes, step: int) -> Iterator[Damage]:
+    """One bit."""
     chance = random.Random(len(content))
     for position in range(step // 2, len(content), step):
-        bit = 1 << chance.randrange(8)
-        yield (
-            lambda data, at=position, bit=bit: (
-                data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :]
-            )
-        )  # type: ignore[misc]
+        changed = bytes([content[position] ^ 1 << chance.randrange(8)])
+        yield partial(replaced, start=position, by=changed)
 
 
-def cuts(content: bytes, step: int) -> Iterator[Callable[[bytes], bytes]]:
+def cuts(content: bytes, step: int) -> Iterator[Damage]:
+    """Everything behind some byte is gone."""
     for length in range(0, len(content), step):
-        yield lambda data, length=length: data[:length]  # type: ignore[misc]
+        yield operator.itemgetter(slice(length))
 
 
-def holes(content: bytes, step: int) -> Iterator[Callable[[bytes], bytes]]:
+def holes(content: bytes, step: int) -> Iterator[Damage]:
     """A sector that reads as zeros."""
     for start in range(0, len(content), step):
-        end = min(start + 512, len(content))
-        yield (
-            lambda data, start=start, end=end: (
-                data[:start] + bytes(end - start) + data[end:]
-            )
-        )  # type: ignore[misc]
+        yield partial(
+            replaced, start=start, by=bytes(len(content[start : start + 512]))
+        )
+
+
+def replaced(data: bytes, start: int, by: bytes) -> bytes:
+    return data[:start] + by + data[start + len(by) :]
 
 
 CASES = [

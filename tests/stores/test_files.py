@@ -4,8 +4,9 @@ import asyncio
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import msgspec
 import pytest
 
 from fakes.clock import ManualClock
@@ -74,7 +75,9 @@ async def test_the_readable_files_follow_within_moments_and_nobody_waits_for_the
     await store.start()
     await asyncio.gather(*(store.save([context(f"t{n}")]) for n in range(40)))
 
-    while len(list((tmp_path / "active").glob("t*.json"))) < 40:
+    for _ in range(1000):
+        if len(list((tmp_path / "active").glob("t*.json"))) == 40:
+            break
         await asyncio.sleep(0.01)
 
     await store.stop()
@@ -259,7 +262,7 @@ async def test_a_journal_that_grew_is_written_anew_without_what_is_gone(
         await store.save(
             [
                 Put("order", str(n % 3), b"x" * 1000),
-                context(f"t{n % 2}", '{"n": %d}' % n),
+                context(f"t{n % 2}", f'{{"n": {n}}}'),
             ]
         )
     await store.save([Delete("order", "0")])
@@ -294,21 +297,20 @@ async def test_a_write_that_fails_for_another_reason_than_space_is_final(
     await store.stop()
 
 
+def prefix_orders(records: list[Record]) -> list[Record]:
+    return [
+        msgspec.structs.replace(record, data=b"v2:" + record.data)
+        if record.kind == "order"
+        else record
+        for record in records
+    ]
+
+
 class NextVersion(FilesStore):
     """A later program, in which every order has a prefix."""
 
     schema_version = 2
-
-    @staticmethod
-    def _prefix(records: list[Record]) -> list[Record]:
-        return [
-            Record(r.kind, r.key, b"v2:" + r.data, r.shelf, r.epoch, r.sequence)
-            if r.kind == "order"
-            else r
-            for r in records
-        ]
-
-    migrations = {1: _prefix.__func__}  # type: ignore[attr-defined]
+    migrations: ClassVar = {1: prefix_orders}
 
 
 async def test_an_older_journal_is_brought_forward_after_a_backup_and_a_newer_one_is_refused(

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -34,6 +35,15 @@ class ScriptedKeeper:
         return self.more >= 0
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it never came")
+
+
 class Desk:
     """A writer with what it reported."""
 
@@ -53,7 +63,7 @@ class Desk:
     def save(self, key: str, *, size: int = 200) -> "asyncio.Future[None]":
         return asyncio.ensure_future(self.writer.save((Put("a", key, b"x"),), size))
 
-    def keys(self) -> list[list[str]]:
+    def saved(self) -> list[list[str]]:
         return [[operation.key for operation in group] for group in self.keeper.groups]
 
     async def stop_from_another_loop(self) -> None:
@@ -77,7 +87,7 @@ async def test_what_gathers_during_a_commit_is_committed_together() -> None:
 
     assert sum(len(group) for group in desk.keeper.groups) == 51
     assert len(desk.keeper.groups) <= 3
-    assert [key for group in desk.keys() for key in group] == [
+    assert [key for group in desk.saved() for key in group] == [
         "first",
         *map(str, range(50)),
     ]
@@ -116,7 +126,7 @@ async def test_a_cancelled_waiter_does_not_disturb_the_others() -> None:
     desk.keeper.gate.set()
     await second
 
-    assert sorted(key for group in desk.keys() for key in group) == ["1", "2"]
+    assert sorted(key for group in desk.saved() for key in group) == ["1", "2"]
     await desk.stop()
 
 
@@ -131,7 +141,7 @@ async def test_a_full_queue_refuses_at_once_and_keeps_what_it_has() -> None:
     desk.keeper.gate.set()
     await asyncio.gather(*taken)
     await desk.save("again", size=400)
-    assert [key for group in desk.keys() for key in group] == ["0", "1", "again"]
+    assert [key for group in desk.saved() for key in group] == ["0", "1", "again"]
     await desk.stop()
 
 
@@ -152,7 +162,7 @@ async def test_after_a_failed_commit_every_save_fails_and_nothing_is_tried_again
 
     assert "state.db" in str(caught.value) and "start again" in str(caught.value)
     assert isinstance(caught.value.__cause__, OSError)
-    assert desk.keys() == [["good"]]
+    assert desk.saved() == [["good"]]
     assert [state for state, _ in desk.changes] == ["failed"]
     assert desk.writer.waiting_bytes == 0
     await desk.stop()
@@ -192,7 +202,7 @@ async def test_a_full_disk_fails_saves_but_keeps_them_in_line_until_there_is_spa
     desk.keeper.trouble = None
     await desk.save("3")
 
-    assert [key for group in desk.keys() for key in group] == ["1", "2", "3"]
+    assert [key for group in desk.saved() for key in group] == ["1", "2", "3"]
     assert [state for state, _ in desk.changes] == ["full", "ok"]
     assert desk.writer.waiting_bytes == 0
     await desk.stop()
@@ -205,10 +215,9 @@ async def test_with_space_again_what_waited_is_written_without_another_save() ->
         await desk.save("1")
 
     desk.keeper.trouble = None
-    while desk.writer.state == "full":
-        await asyncio.sleep(0.01)
+    await until(lambda: desk.writer.state == "ok")
 
-    assert desk.keys() == [["1"]]
+    assert desk.saved() == [["1"]]
     await desk.stop()
 
 
@@ -229,14 +238,14 @@ async def test_a_disk_that_stays_full_bounds_what_waits() -> None:
 async def test_jobs_run_in_line_with_the_saves() -> None:
     desk = Desk()
     desk.save("1")
-    seen = await desk.writer.run(lambda: desk.keys())
+    seen = await desk.writer.run(lambda: desk.saved())
     desk.save("2")
 
     assert seen == [["1"]]
     with pytest.raises(ZeroDivisionError):
         await desk.writer.run(lambda: 1 // 0)
     await desk.stop()
-    assert desk.keys() == [["1"], ["2"]]
+    assert desk.saved() == [["1"], ["2"]]
 
 
 async def test_housekeeping_goes_on_while_nothing_comes() -> None:
@@ -244,8 +253,7 @@ async def test_housekeeping_goes_on_while_nothing_comes() -> None:
     desk.keeper.more = 3
 
     await desk.save("1")
-    while len(desk.keeper.rests) < 4:
-        await asyncio.sleep(0.005)
+    await until(lambda: len(desk.keeper.rests) >= 4)
 
     assert desk.keeper.rests[:2] == [True, False]
     await desk.stop()
@@ -277,4 +285,4 @@ def test_a_loop_that_is_gone_does_not_stop_the_writer() -> None:
     desk.keeper.gate.set()
     asyncio.run(desk.stop_from_another_loop())
 
-    assert desk.keys() == [["1"]]
+    assert desk.saved() == [["1"]]

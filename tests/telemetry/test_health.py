@@ -6,7 +6,11 @@ import pytest
 
 from nightdesk.telemetry.health import judge
 
-WELL: dict[str, Any] = {"ready": True, "trading": {"state": "ACTIVE"}, "switch": {"p999_us": 300.0}}
+WELL: dict[str, Any] = {
+    "ready": True,
+    "trading": {"state": "ACTIVE"},
+    "switch": {"p999_us": 300.0},
+}
 
 
 def test_a_desk_that_trades_is_well() -> None:
@@ -17,11 +21,23 @@ def test_a_desk_that_trades_is_well() -> None:
 @pytest.mark.parametrize(
     ("change", "level", "words"),
     [
-        ({"trading": {"state": "HALTED", "reason": "smoke", "actor": "me"}}, "halted", "trading is HALTED by me: smoke"),
+        (
+            {"trading": {"state": "HALTED", "reason": "smoke", "actor": "me"}},
+            "halted",
+            "trading is HALTED by me: smoke",
+        ),
         ({"ready": False}, "starting", "does not trade yet"),
         ({"orders": {"unknown": 2}}, "degraded", "2 orders with an unknown outcome"),
-        ({"quarantined": [{"key": "sell"}]}, "degraded", "1 saved records cannot be read (sell)"),
-        ({"tasks": {"by_status": {"quarantined": 3}}}, "degraded", "3 tasks in quarantined"),
+        (
+            {"quarantined": [{"key": "sell"}]},
+            "degraded",
+            "1 saved records cannot be read (sell)",
+        ),
+        (
+            {"tasks": {"by_status": {"quarantined": 3}}},
+            "degraded",
+            "3 tasks in quarantined",
+        ),
         ({"switch": {"p999_us": 5000.0}}, "degraded", "5.0 ms (p99.9)"),
         ({"degraded": True}, "degraded", "stood still"),
     ],

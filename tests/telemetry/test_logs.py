@@ -36,15 +36,22 @@ def clock() -> Iterator[StillClock]:
 
 def configured(directory: Path, clock: StillClock, **options: Any) -> Any:
     store = options.pop("store", "sqlite")
-    return logs.configure_logs(Config(state=StateConfig(store=store, directory=str(directory)), **options), clock)
+    return logs.configure_logs(
+        Config(state=StateConfig(store=store, directory=str(directory)), **options),
+        clock,
+    )
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:
     logs.flush_logs()
-    return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()
+    ]
 
 
-def test_each_line_is_one_json_object_with_the_desks_own_time(tmp_path: Path, clock: StillClock) -> None:
+def test_each_line_is_one_json_object_with_the_desks_own_time(
+    tmp_path: Path, clock: StillClock
+) -> None:
     log = configured(tmp_path / "state", clock)
 
     log.bind(task="sell").info("order sent", quantity=1, legs=[1, {"a": "b"}])
@@ -59,7 +66,9 @@ def test_each_line_is_one_json_object_with_the_desks_own_time(tmp_path: Path, cl
     assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
 
 
-def test_a_desk_that_logs_nothing_leaves_no_trace(tmp_path: Path, clock: StillClock) -> None:
+def test_a_desk_that_logs_nothing_leaves_no_trace(
+    tmp_path: Path, clock: StillClock
+) -> None:
     configured(tmp_path / "state", clock)
     logs.stop_logs()
 
@@ -74,7 +83,9 @@ def test_a_memory_store_writes_no_file(tmp_path: Path, clock: StillClock) -> Non
     assert logs.recent_logs()[0]["event"] == "hello"
 
 
-def test_lines_of_libraries_and_exceptions_join_ours(tmp_path: Path, clock: StillClock) -> None:
+def test_lines_of_libraries_and_exceptions_join_ours(
+    tmp_path: Path, clock: StillClock
+) -> None:
     log = configured(tmp_path, clock)
 
     with logs.log_scope(task="candles"):
@@ -92,11 +103,18 @@ def test_lines_of_libraries_and_exceptions_join_ours(tmp_path: Path, clock: Stil
     assert "ValueError: bad" in found[2]["exception"]
 
 
-def test_secrets_are_hidden_by_key_and_by_value_plain_and_encoded(tmp_path: Path, clock: StillClock) -> None:
+def test_secrets_are_hidden_by_key_and_by_value_plain_and_encoded(
+    tmp_path: Path, clock: StillClock
+) -> None:
     log = configured(tmp_path, clock)
     logs.hide(["canary/77", "short"])
 
-    log.info("signed https://x/?k=canary%2F77", header={"x": "canary/77"}, basic="Y2FuYXJ5Lzc3", api_key="anything")
+    log.info(
+        "signed https://x/?k=canary%2F77",
+        header={"x": "canary/77"},
+        basic="Y2FuYXJ5Lzc3",
+        api_key="anything",
+    )
 
     text = (tmp_path / "log.jsonl").read_text() if lines(tmp_path) else ""
     assert "canary" not in text
@@ -112,7 +130,9 @@ def test_the_newest_lines_can_be_asked_for(tmp_path: Path, clock: StillClock) ->
     log.error("d", source="sell")
 
     assert [line["event"] for line in logs.recent_logs()] == ["a", "b", "c", "d"]
-    assert [line["event"] for line in logs.recent_logs(task_id="sell", level="warn")] == ["c", "d"]
+    assert [
+        line["event"] for line in logs.recent_logs(task_id="sell", level="warn")
+    ] == ["c", "d"]
     assert [line["event"] for line in logs.recent_logs(limit=1)] == ["d"]
 
 
@@ -125,7 +145,9 @@ def test_lines_below_the_level_are_dropped(tmp_path: Path, clock: StillClock) ->
     assert [line["event"] for line in lines(tmp_path)] == ["b"]
 
 
-def test_a_storm_of_lines_is_told_by_its_count(tmp_path: Path, clock: StillClock) -> None:
+def test_a_storm_of_lines_is_told_by_its_count(
+    tmp_path: Path, clock: StillClock
+) -> None:
     """R-25: the first ones, then each 2^n-th, and all again in the next minute."""
     log = configured(tmp_path, clock)
 
@@ -154,7 +176,9 @@ def test_odd_values_become_text(tmp_path: Path, clock: StillClock) -> None:
     circle: list[Any] = []
     circle.append(circle)
 
-    configured(tmp_path, clock).info("odd", value=object, circle=circle, long="x" * 20_000)
+    configured(tmp_path, clock).info(
+        "odd", value=object, circle=circle, long="x" * 20_000
+    )
 
     found = lines(tmp_path)[0]
     assert "object" in found["value"]
@@ -175,9 +199,17 @@ def test_a_read_only_directory_costs_the_file_and_not_the_desk(
     assert len(logs.recent_logs()) == 2
 
 
-@pytest.mark.parametrize(("mode", "out", "err"), [("text", 2, 0), ("json", 2, 0), ("quiet", 0, 1), ("off", 0, 0)])
+@pytest.mark.parametrize(
+    ("mode", "out", "err"),
+    [("text", 2, 0), ("json", 2, 0), ("quiet", 0, 1), ("off", 0, 0)],
+)
 def test_the_console_shows_what_was_chosen(
-    mode: Any, out: int, err: int, tmp_path: Path, clock: StillClock, capsys: pytest.CaptureFixture[str]
+    mode: Any,
+    out: int,
+    err: int,
+    tmp_path: Path,
+    clock: StillClock,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     logs.set_console(mode)
     log = configured(tmp_path, clock)
@@ -189,10 +221,14 @@ def test_the_console_shows_what_was_chosen(
     shown = capsys.readouterr()
     assert (len(shown.out.splitlines()), len(shown.err.splitlines())) == (out, err)
     if mode == "text":
-        assert shown.out.splitlines()[0] == "22:13:20.000 info     hello there  path='a b'"
+        assert (
+            shown.out.splitlines()[0] == "22:13:20.000 info     hello there  path='a b'"
+        )
 
 
-def test_an_exception_is_printed_below_its_line(tmp_path: Path, clock: StillClock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_exception_is_printed_below_its_line(
+    tmp_path: Path, clock: StillClock, capsys: pytest.CaptureFixture[str]
+) -> None:
     logs.set_console("text")
     log = configured(tmp_path, clock)
     try:
@@ -204,7 +240,9 @@ def test_an_exception_is_printed_below_its_line(tmp_path: Path, clock: StillCloc
     assert capsys.readouterr().out.splitlines()[-1] == "ValueError: bad"
 
 
-def test_warnings_before_any_desk_reach_standard_error(clock: StillClock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warnings_before_any_desk_reach_standard_error(
+    clock: StillClock, capsys: pytest.CaptureFixture[str]
+) -> None:
     logs._logs.take({"level": "warning", "event": "early", "at": ""})
 
     assert "early" in capsys.readouterr().err
@@ -215,7 +253,16 @@ def test_colour_is_for_terminals_that_want_it() -> None:
         def isatty(self) -> bool:
             return True
 
-    record = logging.makeLogRecord({"msg": {"at": "2023-11-14T22:13:20.000Z", "level": "error", "event": "x", "a": 1}})
+    record = logging.makeLogRecord(
+        {
+            "msg": {
+                "at": "2023-11-14T22:13:20.000Z",
+                "level": "error",
+                "event": "x",
+                "a": 1,
+            }
+        }
+    )
 
     assert "\x1b[31m" in logs._as_text(record, colour=True)
     assert logs._wants_colour(object()) is False

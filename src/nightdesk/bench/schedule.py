@@ -184,7 +184,7 @@ async def _play(contender: str, tasks: int, seconds: float) -> dict[str, Any]:
     # As the desk does once it is built: what lives for ever need not be looked at by the collector.
     gc.collect()
     gc.freeze()
-    await asyncio.sleep(_WARM_UP_S)
+    await asyncio.sleep(min(_WARM_UP_S, seconds))
     lags.clear()
     runs, cpu, wall = tally.runs, time.process_time(), time.monotonic()
     await asyncio.sleep(seconds)

@@ -33,7 +33,9 @@ _HERE = Target()
 _SLOW_S = 40.0
 
 
-def _act(target: Target, verb: str, arguments: dict[str, Any], reason: str, said: str) -> int:
+def _act(
+    target: Target, verb: str, arguments: dict[str, Any], reason: str, said: str
+) -> int:
     reply = ask(target, verb, arguments, reason=reason, timeout_s=_SLOW_S)
     if target.json:
         print_json(reply)
@@ -115,10 +117,18 @@ def adjust(
     if not given:
         raise CommandError("nothing to adjust: pass --every, --priority or --timeout.")
     said = ", ".join(f"{name} {value}" for name, value in given.items())
-    return _act(target, "task.adjust", {"task_id": task, **given}, reason, f"{task}: {said}.")
+    return _act(
+        target, "task.adjust", {"task_id": task, **given}, reason, f"{task}: {said}."
+    )
 
 
-def halt(*, cancel: _Flag = False, flatten: _Flag = False, reason: _Reason = "", target: Target = _HERE) -> int:
+def halt(
+    *,
+    cancel: _Flag = False,
+    flatten: _Flag = False,
+    reason: _Reason = "",
+    target: Target = _HERE,
+) -> int:
     """Stop trading at once: nothing opens until `resume-trading`. Works with a desk that does not answer, or is down.
 
     Args:
@@ -128,20 +138,34 @@ def halt(*, cancel: _Flag = False, flatten: _Flag = False, reason: _Reason = "",
     """
     from nightdesk import control
 
-    mode: Literal["pause", "cancel", "flatten"] = "flatten" if flatten else "cancel" if cancel else "pause"
+    mode: Literal["pause", "cancel", "flatten"] = (
+        "flatten" if flatten else "cancel" if cancel else "pause"
+    )
     directory = state_directory(target)
-    found = control.halt(directory, mode, actor=actor(), reason=reason or "no reason given")
+    found = control.halt(
+        directory, mode, actor=actor(), reason=reason or "no reason given"
+    )
     if target.json:
         print_json(found)
     elif found["by"] == "desk":
-        print(f"HALTED. Cancelled {len(found.get('cancelled', ()))} orders, closed {len(found.get('flattened', ()))} positions.")
+        print(
+            f"HALTED. Cancelled {len(found.get('cancelled', ()))} orders, closed {len(found.get('flattened', ()))} positions."
+        )
     elif found["running"]:
-        print(f"The desk does not answer. The flag file {found['path']} is written and the process signalled: it halts")
-        print("at its next breath, and stays halted over a restart. If it is stuck for good, end it and start it again.")
+        print(
+            f"The desk does not answer. The flag file {found['path']} is written and the process signalled: it halts"
+        )
+        print(
+            "at its next breath, and stays halted over a restart. If it is stuck for good, end it and start it again."
+        )
         if mode != "pause":
-            print(f"The flag only stops trading: ask for `halt --{mode}` again once the desk answers.")
+            print(
+                f"The flag only stops trading: ask for `halt --{mode}` again once the desk answers."
+            )
     else:
-        print(f"No desk is running. The flag file {found['path']} keeps the next one halted.")
+        print(
+            f"No desk is running. The flag file {found['path']} keeps the next one halted."
+        )
     return 0
 
 
@@ -152,7 +176,9 @@ def resume_trading(*, reason: _Reason, target: Target = _HERE) -> int:
         reason: What was checked, for the audit trail.
     """
     if not reason.strip():
-        raise CommandError("--reason is empty. Say what was checked, e.g. --reason 'positions compared, all equal'.")
+        raise CommandError(
+            "--reason is empty. Say what was checked, e.g. --reason 'positions compared, all equal'."
+        )
     from nightdesk.control import FLAG_NAME
 
     ask(target, "status")  # only a desk that answers may lose its flag file
@@ -171,12 +197,23 @@ def reconcile(*, reason: _Reason = "", target: Target = _HERE) -> int:
         print_json(reply)
         return 0
     report = reply.get("report")
-    lines = report if isinstance(report, list) else [f"{k}: {v}" for k, v in (report or {}).items()] if isinstance(report, dict) else [report]
+    lines = (
+        report
+        if isinstance(report, list)
+        else [f"{k}: {v}" for k, v in (report or {}).items()]
+        if isinstance(report, dict)
+        else [report]
+    )
     print("\n".join(str(line) for line in lines if line) or "Nothing differs.")
     return 0
 
 
-def stop(*, reason: _Reason = "", wait: Annotated[float, Parameter(name="--wait")] = 20.0, target: Target = _HERE) -> int:
+def stop(
+    *,
+    reason: _Reason = "",
+    wait: Annotated[float, Parameter(name="--wait")] = 20.0,
+    target: Target = _HERE,
+) -> int:
     """Stop the desk: tasks reach a checkpoint, everything is saved, open orders stay at their venues.
 
     Args:
@@ -205,7 +242,9 @@ def _is_running(directory: Path) -> bool:
     return is_locked(directory)
 
 
-def recover(*, dry_run: Annotated[bool, Parameter(negative="")] = False, target: Target = _HERE) -> int:
+def recover(
+    *, dry_run: Annotated[bool, Parameter(negative="")] = False, target: Target = _HERE
+) -> int:
     """Show what the next start would take up: orders whose end is not proven, and tasks that were at work.
 
     Recovery is the normal start, so there is nothing to run by hand: `nightdesk run` does it.
@@ -214,17 +253,39 @@ def recover(*, dry_run: Annotated[bool, Parameter(negative="")] = False, target:
         dry_run: Only look. Required.
     """
     if not dry_run:
-        raise CommandError("every start recovers by itself: `nightdesk run`. `recover --dry-run` shows what it would do.")
+        raise CommandError(
+            "every start recovers by itself: `nightdesk run`. `recover --dry-run` shows what it would do."
+        )
     from nightdesk.cli.state import pending_work
 
     found = pending_work(state_directory(target))
     if target.json:
         print_json(found)
         return 0
-    rows = [(o["client_order_id"], o["task_id"], o["symbol"], o["venue"], o["side"], o["quantity"], o["status"], o["step"]) for o in found["orders"]]
-    table(rows, ("ORDER", "TASK", "SYMBOL", "VENUE", "SIDE", "QUANTITY", "STATUS", "NEXT STEP"), "No order is open.")
+    rows = [
+        (
+            o["client_order_id"],
+            o["task_id"],
+            o["symbol"],
+            o["venue"],
+            o["side"],
+            o["quantity"],
+            o["status"],
+            o["step"],
+        )
+        for o in found["orders"]
+    ]
+    table(
+        rows,
+        ("ORDER", "TASK", "SYMBOL", "VENUE", "SIDE", "QUANTITY", "STATUS", "NEXT STEP"),
+        "No order is open.",
+    )
     print()
-    table([(t["task_id"], t["type"], t["state"]) for t in found["tasks"]], ("TASK", "TYPE", "STATE"), "No task was at work.")
+    table(
+        [(t["task_id"], t["type"], t["state"]) for t in found["tasks"]],
+        ("TASK", "TYPE", "STATE"),
+        "No task was at work.",
+    )
     print()
     pairs({"trading": found["trading"], "unreadable records": found["unreadable"]})
     return 0

@@ -25,17 +25,28 @@ _DEFAULTS = {"tasks": "list", "workers": "status"}
 
 def build() -> App:
     """Return the command tree. The functions are named, not imported."""
-    app = App(name="nightdesk", help="The runtime of a trading desk that never sleeps.", version=__version__)
+    app = App(
+        name="nightdesk",
+        help="The runtime of a trading desk that never sleeps.",
+        version=__version__,
+        suppress_keyboard_interrupt=False,
+    )
     groups: dict[str, App] = {}
     for command in COMMANDS:
         parent, _, name = command.name.rpartition(" ")
         into = app
         if parent:
             if parent not in groups:
-                groups[parent] = App(name=parent, help=f"See `nightdesk {parent} COMMAND --help`.")
+                groups[parent] = App(
+                    name=parent, help=f"See `nightdesk {parent} COMMAND --help`."
+                )
                 app.command(groups[parent])
             into = groups[parent]
-        into.command(f"nightdesk.cli.{command.target}", name=name or command.name, help=command.summary)
+        into.command(
+            f"nightdesk.cli.{command.target}",
+            name=name or command.name,
+            help=command.summary,
+        )
     return app
 
 
@@ -44,14 +55,25 @@ def run(words: Sequence[str]) -> int:
     words = _with_default(list(words))
     debug = "debug" in words or os.environ.get("NIGHTDESK__LOG_LEVEL") == "debug"
     if words[0] in LATER:
-        complain(f"`nightdesk {words[0]}` ({LATER[words[0]]}) arrives with a later release.")
+        complain(
+            f"`nightdesk {words[0]}` ({LATER[words[0]]}) arrives with a later release."
+        )
         return 2
     try:
         with guarded():
-            result = build()(words, exit_on_error=False, print_error=False, result_action="return_value")
+            result = build()(
+                words,
+                exit_on_error=False,
+                print_error=False,
+                result_action="return_value",
+            )
             return result if isinstance(result, int) else 0
     except CycloptsError as error:
-        complain(f"{error} See `nightdesk {' '.join(_command_of(words))} --help`.".replace("  ", " "))
+        complain(
+            f"{error} See `nightdesk {' '.join(_command_of(words))} --help`.".replace(
+                "  ", " "
+            )
+        )
         return 2
     except NightdeskError as error:
         if debug:
@@ -63,14 +85,19 @@ def run(words: Sequence[str]) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        complain(f"unexpected {type(error).__name__}: {error}. The details are in {_crash_report(words)}.")
+        complain(
+            f"unexpected {type(error).__name__}: {error}. The details are in {_crash_report(words)}."
+        )
         return 1
 
 
 def _with_default(words: list[str]) -> list[str]:
     """`tasks` alone, or with options, is `tasks list`."""
     default = _DEFAULTS.get(words[0])
-    if default and not (len(words) > 1 and (not words[1].startswith("-") or words[1] in ("-h", "--help"))):
+    if default and not (
+        len(words) > 1
+        and (not words[1].startswith("-") or words[1] in ("-h", "--help"))
+    ):
         return [words[0], default, *words[1:]]
     return words
 
@@ -101,7 +128,9 @@ def _crash_report(words: list[str]) -> str:
     for directory in (Path("state"), Path(tempfile.gettempdir())):
         try:
             if directory.is_dir():
-                descriptor = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                descriptor = os.open(
+                    directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600
+                )
                 with os.fdopen(descriptor, "w") as file:
                     file.write(text)
                 return str(directory / name)

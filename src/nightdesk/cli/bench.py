@@ -37,7 +37,9 @@ def bench(
     module = import_module(f"nightdesk.bench.{name}")
     options = _options(module.run, set or [])
     if not json:
-        note(f"measuring {name}; other work on this machine disturbs it. Ctrl-C ends it.")
+        note(
+            f"measuring {name}; other work on this machine disturbs it. Ctrl-C ends it."
+        )
     result = module.run(**options)
     if json:
         print_json({"version": 1, "benchmark": name, **result})
@@ -53,13 +55,19 @@ def bench(
 def _options(function: Any, given: list[str]) -> dict[str, Any]:
     from nightdesk.loading.tree import plain_scalar
 
-    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_POSITIONAL]
+    known = [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is not p.VAR_POSITIONAL
+    ]
     found = {}
     for text in given:
         key, separator, value = text.partition("=")
         key = key.strip().replace("-", "_")
         if not separator or key not in known:
-            raise CommandError(f"--set {text!r}: expected name=value with one of {', '.join(known) or 'no options at all'}.")
+            raise CommandError(
+                f"--set {text!r}: expected name=value with one of {', '.join(known) or 'no options at all'}."
+            )
         found[key] = plain_scalar(value)
     return found
 

@@ -20,23 +20,51 @@ class Command(NamedTuple):
 
 _TABLE = {
     "Start": (
-        ("demo", "start:demo", "Run the demo desk: simulated market, paper venues, no keys."),
+        (
+            "demo",
+            "start:demo",
+            "Run the demo desk: simulated market, paper venues, no keys.",
+        ),
         ("run", "start:run", "Run the desk of desk.yaml until Ctrl-C."),
-        ("replay", "start:replay", "Run a desk on recorded market data, as fast as it goes."),
+        (
+            "replay",
+            "start:replay",
+            "Run a desk on recorded market data, as fast as it goes.",
+        ),
         ("new-config", "prepare:new_config", "Write a commented desk.yaml."),
-        ("init", "prepare:init", "Make a directory with a desk and a task of your own."),
-        ("check-config", "prepare:check_config", "Check desk.yaml without starting anything."),
-        ("doctor", "doctor:doctor", "Check this machine, its state directory and a running desk."),
+        (
+            "init",
+            "prepare:init",
+            "Make a directory with a desk and a task of your own.",
+        ),
+        (
+            "check-config",
+            "prepare:check_config",
+            "Check desk.yaml without starting anything.",
+        ),
+        (
+            "doctor",
+            "doctor:doctor",
+            "Check this machine, its state directory and a running desk.",
+        ),
     ),
     "Look": (
         ("status", "looking:status", "Show how the desk is."),
         ("tasks list", "looking:tasks", "List the tasks; plain `tasks` does the same."),
-        ("tasks show", "looking:show", "Show one task: health, context, history, where it waits."),
+        (
+            "tasks show",
+            "looking:show",
+            "Show one task: health, context, history, where it waits.",
+        ),
         ("orders", "looking:orders", "List orders."),
         ("fills", "looking:fills", "List fills."),
         ("trades", "looking:trades", "List trades: fills as the ledger booked them."),
         ("positions", "looking:positions", "List positions with their result."),
-        ("opportunities", "looking:opportunities", "List switches: what came, what became of it, how fast."),
+        (
+            "opportunities",
+            "looking:opportunities",
+            "List switches: what came, what became of it, how fast.",
+        ),
         ("performance", "looking:performance", "Show equity, result and fees."),
         ("logs", "looking:logs", "Show the newest log lines, all or of one task."),
         ("workers status", "looking:workers", "Show the background hosts."),
@@ -47,20 +75,52 @@ _TABLE = {
         ("tasks pause", "acting:pause", "Pause a task, also over a restart."),
         ("tasks resume", "acting:resume", "Resume a paused or quarantined task."),
         ("tasks trigger", "acting:trigger", "Run a task now."),
-        ("tasks adjust", "acting:adjust", "Change interval, priority or timeout of a task."),
-        ("halt", "acting:halt", "Stop trading; --cancel orders, --flatten positions. Works with a stuck desk."),
-        ("resume-trading", "acting:resume_trading", "Allow trading again; needs --reason."),
+        (
+            "tasks adjust",
+            "acting:adjust",
+            "Change interval, priority or timeout of a task.",
+        ),
+        (
+            "halt",
+            "acting:halt",
+            "Stop trading; --cancel orders, --flatten positions. Works with a stuck desk.",
+        ),
+        (
+            "resume-trading",
+            "acting:resume_trading",
+            "Allow trading again; needs --reason.",
+        ),
         ("reconcile", "acting:reconcile", "Compare orders with the venues now."),
         ("recover", "acting:recover", "Show what the next start would do (--dry-run)."),
         ("stop", "acting:stop", "Stop the desk."),
     ),
     "Keep and measure": (
-        ("state inspect", "state:inspect", "Show what the state directory holds, and whether it is sound."),
+        (
+            "state inspect",
+            "state:inspect",
+            "Show what the state directory holds, and whether it is sound.",
+        ),
         ("state export", "state:export", "Write every record as a JSON line."),
-        ("state backup", "state:backup", "Copy the state into one file, also while a desk runs."),
-        ("state restore", "state:restore", "Put a backup in the place of the state, which is kept aside."),
-        ("state migrate", "state:migrate", "Bring old state to this version; a backup is made first."),
-        ("bench", "bench:bench", "Measure switch, commit, schedule, recover or path beside a baseline."),
+        (
+            "state backup",
+            "state:backup",
+            "Copy the state into one file, also while a desk runs.",
+        ),
+        (
+            "state restore",
+            "state:restore",
+            "Put a backup in the place of the state, which is kept aside.",
+        ),
+        (
+            "state migrate",
+            "state:migrate",
+            "Bring old state to this version; a backup is made first.",
+        ),
+        (
+            "bench",
+            "bench:bench",
+            "Measure switch, commit, schedule, recover or path beside a baseline.",
+        ),
     ),
 }
 
@@ -87,10 +147,18 @@ _EXIT_CODES = (
 def overview() -> str:
     """Return what `nightdesk --help` prints."""
     width = max(len(command.name) for command in COMMANDS) + 2
-    lines = ["Usage: nightdesk COMMAND [OPTIONS]", "", "The runtime of a trading desk that never sleeps."]
+    lines = [
+        "Usage: nightdesk COMMAND [OPTIONS]",
+        "",
+        "The runtime of a trading desk that never sleeps.",
+    ]
     for group in _TABLE:
         lines += ["", f"{group}:"]
-        lines += [f"  {command.name:<{width}}{command.summary}" for command in COMMANDS if command.group == group]
+        lines += [
+            f"  {command.name:<{width}}{command.summary}"
+            for command in COMMANDS
+            if command.group == group
+        ]
     lines += [
         "",
         "`nightdesk COMMAND --help` shows the options of one command; every reading command takes --json.",

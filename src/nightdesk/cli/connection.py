@@ -26,7 +26,9 @@ class Target:
 
     state: Annotated[Path | None, Parameter(name="--state")] = None
     "State directory of the desk. Default: that of desk.yaml, else ./state, else ./state/demo."
-    config: Annotated[Path | None, Parameter(name=["--config", "-c", "--config-file", "-f"])] = None
+    config: Annotated[
+        Path | None, Parameter(name=["--config", "-c", "--config-file", "-f"])
+    ] = None
     "Configuration whose desk is meant."
     json: Annotated[bool, Parameter(name="--json", negative="")] = False
     "Print JSON."
@@ -46,14 +48,18 @@ def state_directory(target: Target) -> Path:
             return configured
     else:
         configured = Path("state")
-    for directory in (configured, Path("state"), Path(DEMO_STATE)):
-        if _has_desk(directory):
-            return directory
-    return configured
+    candidates = (configured, Path("state"), Path(DEMO_STATE))
+    running = [directory for directory in candidates if _has_desk(directory)]
+    known = [
+        directory for directory in candidates if (directory / "log.jsonl").exists()
+    ]
+    return [*running, *known, configured][0]
 
 
 def _has_desk(directory: Path) -> bool:
-    return (directory / "control.sock").exists() or (directory / "control.path").exists()
+    return (directory / "control.sock").exists() or (
+        directory / "control.path"
+    ).exists()
 
 
 def _configured(file: Path) -> str:

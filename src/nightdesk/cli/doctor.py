@@ -5,6 +5,7 @@ Goes to: control.py
 """
 
 import os
+import platform
 import shutil
 import sys
 import time
@@ -19,7 +20,18 @@ from nightdesk.cli.output import print_json
 __all__ = ["Finding", "doctor"]
 
 _HERE = Target()
-_LIBRARIES = ("apsw", "async-lru", "cronsim", "cyclopts", "msgspec", "psutil", "pyyaml", "rich", "sortedcontainers", "structlog")
+_LIBRARIES = (
+    "apsw",
+    "async-lru",
+    "cronsim",
+    "cyclopts",
+    "msgspec",
+    "psutil",
+    "pyyaml",
+    "rich",
+    "sortedcontainers",
+    "structlog",
+)
 _LEAST_SQLITE = (3, 51, 3)
 _MB = 1024 * 1024
 
@@ -40,7 +52,9 @@ def doctor(*, target: Target = _HERE) -> int:
     """
     findings = list(examine(state_directory(target)))
     if target.json:
-        print_json({"version": 1, "findings": [finding._asdict() for finding in findings]})
+        print_json(
+            {"version": 1, "findings": [finding._asdict() for finding in findings]}
+        )
     else:
         width = max(len(finding.check) for finding in findings)
         for finding in findings:
@@ -69,14 +83,15 @@ def examine(directory: Path) -> Iterator[Finding]:
         try:
             yield check()
         except Exception as error:
-            yield Finding(getattr(check, "__name__", "check").strip("_<>"), "warn", f"could not be checked: {error}")
+            yield Finding(
+                getattr(check, "__name__", "check").strip("_<>"),
+                "warn",
+                f"could not be checked: {error}",
+            )
 
 
 def _python() -> Finding:
-    version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < (3, 11):
-        return Finding("Python", "fail", version, "Install Python 3.11 or newer.")
-    return Finding("Python", "ok", version)
+    return Finding("Python", "ok", f"{platform.python_version()} at {sys.executable}")
 
 
 def _libraries() -> Finding:
@@ -87,13 +102,23 @@ def _libraries() -> Finding:
         except metadata.PackageNotFoundError:
             missing.append(name)
     if missing:
-        return Finding("libraries", "fail", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+        return Finding(
+            "libraries",
+            "fail",
+            f"missing: {', '.join(missing)}",
+            f"pip install {' '.join(missing)}",
+        )
     return Finding("libraries", "ok", f"all {len(_LIBRARIES)} found")
 
 
 def _loop() -> Finding:
     if util.find_spec("uvloop") is None:
-        return Finding("uvloop", "warn", "not installed; asyncio's own loop is used", "pip install uvloop")
+        return Finding(
+            "uvloop",
+            "warn",
+            "not installed; asyncio's own loop is used",
+            "pip install uvloop",
+        )
     return Finding("uvloop", "ok", metadata.version("uvloop"))
 
 
@@ -103,7 +128,12 @@ def _sqlite() -> Finding:
     version = apsw.sqlite_lib_version()
     if tuple(map(int, version.split(".")[:3])) < _LEAST_SQLITE:
         least = ".".join(map(str, _LEAST_SQLITE))
-        return Finding("SQLite", "fail", version, f"needs {least} or newer (older ones may damage a WAL): pip install -U apsw")
+        return Finding(
+            "SQLite",
+            "fail",
+            version,
+            f"needs {least} or newer (older ones may damage a WAL): pip install -U apsw",
+        )
     return Finding("SQLite", "ok", f"{version} by apsw {metadata.version('apsw')}")
 
 
@@ -112,12 +142,24 @@ def _directory(directory: Path) -> Finding:
     while not existing.exists():
         existing = existing.parent
     if not os.access(existing, os.W_OK | os.X_OK):
-        return Finding("state directory", "fail", f"{existing} is not writable", "Fix its owner, or pass --state DIR.")
+        return Finding(
+            "state directory",
+            "fail",
+            f"{existing} is not writable",
+            "Fix its owner, or pass --state DIR.",
+        )
     if not directory.exists():
-        return Finding("state directory", "ok", f"{directory} will be made by the first start")
+        return Finding(
+            "state directory", "ok", f"{directory} will be made by the first start"
+        )
     mode = directory.stat().st_mode & 0o777
     if mode & 0o077:
-        return Finding("state directory", "warn", f"{directory} is open to others ({mode:o})", f"chmod 700 {directory}")
+        return Finding(
+            "state directory",
+            "warn",
+            f"{directory} is open to others ({mode:o})",
+            f"chmod 700 {directory}",
+        )
     return Finding("state directory", "ok", str(directory))
 
 
@@ -128,7 +170,12 @@ def _space(directory: Path) -> Finding:
     free = shutil.disk_usage(existing).free
     text = f"{free // _MB} MB free"
     if free < 50 * _MB:
-        return Finding("disk space", "fail", text, "Free some: without room for an intent no order is sent.")
+        return Finding(
+            "disk space",
+            "fail",
+            text,
+            "Free some: without room for an intent no order is sent.",
+        )
     if free < 1024 * _MB:
         return Finding("disk space", "warn", text, "Free some; logs and state grow.")
     return Finding("disk space", "ok", text)
@@ -137,16 +184,31 @@ def _space(directory: Path) -> Finding:
 def _clock() -> Finding:
     resolution = time.get_clock_info("monotonic").resolution
     if time.time() < 1_704_067_200:
-        return Finding("clock", "fail", f"it says {time.ctime()}", "Set it; venues refuse requests with a wrong time.")
-    synchronised = Path("/run/systemd/timesync/synchronized").exists() or Path("/run/chrony").exists()
+        return Finding(
+            "clock",
+            "fail",
+            f"it says {time.ctime()}",
+            "Set it; venues refuse requests with a wrong time.",
+        )
+    synchronised = (
+        Path("/run/systemd/timesync/synchronized").exists()
+        or Path("/run/chrony").exists()
+    )
     if not synchronised and sys.platform == "linux":
-        return Finding("clock", "warn", "no sign that it is synchronised", "Run chrony or systemd-timesyncd before trading live.")
+        return Finding(
+            "clock",
+            "warn",
+            "no sign that it is synchronised",
+            "Run chrony or systemd-timesyncd before trading live.",
+        )
     return Finding("clock", "ok", f"resolution {resolution * 1e9:.0f} ns")
 
 
 def _idle_priority() -> Finding:
     if not hasattr(os, "SCHED_IDLE"):
-        return Finding("idle priority", "warn", "SCHED_IDLE is not there; hosts run at nice 19", "")
+        return Finding(
+            "idle priority", "warn", "SCHED_IDLE is not there; hosts run at nice 19", ""
+        )
     return Finding("idle priority", "ok", f"SCHED_IDLE, {os.cpu_count()} processors")
 
 
@@ -155,13 +217,27 @@ def _memory() -> Finding:
 
     free = psutil.virtual_memory().available
     result: Literal["ok", "warn"] = "ok" if free > 512 * _MB else "warn"
-    return Finding("memory", result, f"{free // _MB} MB available", "" if result == "ok" else "A desk with one host takes about 200 MB.")
+    return Finding(
+        "memory",
+        result,
+        f"{free // _MB} MB available",
+        "" if result == "ok" else "A desk with one host takes about 200 MB.",
+    )
 
 
 def _calendars() -> Finding:
     if util.find_spec("pandas_market_calendars") is None:
-        return Finding("calendars", "warn", "not installed; tasks run 24/7", "pip install 'nightdesk[markets]' for market hours")
-    return Finding("calendars", "ok", f"pandas-market-calendars {metadata.version('pandas-market-calendars')}")
+        return Finding(
+            "calendars",
+            "warn",
+            "not installed; tasks run 24/7",
+            "pip install 'nightdesk[markets]' for market hours",
+        )
+    return Finding(
+        "calendars",
+        "ok",
+        f"pandas-market-calendars {metadata.version('pandas-market-calendars')}",
+    )
 
 
 def _desk(directory: Path) -> Finding:
@@ -175,7 +251,12 @@ def _desk(directory: Path) -> Finding:
     except DeskNotRunningError:
         return Finding("desk", "ok", f"none is running in {directory}")
     except DeskSilentError as error:
-        return Finding("desk", "fail", str(error), "nightdesk logs; if it does not recover, end the process and start again.")
+        return Finding(
+            "desk",
+            "fail",
+            str(error),
+            "nightdesk logs; if it does not recover, end the process and start again.",
+        )
     text = "; ".join(health.reasons) or "running and well"
     if health.level == "well":
         return Finding("desk", "ok", text)

@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from nightdesk.cli.looking import duration
+from nightdesk.cli.looking import duration, switch_count, why
 from nightdesk.cli.output import clock, number, us
 from nightdesk.control import ControlClient, RemoteError
 from nightdesk.errors import DeskNotRunningError, DeskSilentError
@@ -33,12 +33,26 @@ _PERIOD_S = 0.25
 _SHARE = 20  # the view waits this many times as long as the desk worked for it
 _SLOW_EVERY = 4
 _MANY_TASKS = 500
-_LEVEL_STYLES = {"well": "green", "degraded": "yellow", "halted": "bold red", "starting": "cyan"}
+_LEVEL_STYLES = {
+    "well": "green",
+    "degraded": "yellow",
+    "halted": "bold red",
+    "starting": "cyan",
+}
 _STATUS_STYLES = {
     "running": "green", "waiting": "", "parked": "magenta", "paused": "yellow", "backoff": "yellow",
     "quarantined": "bold red", "completed": "dim", "stopped": "dim",
 }  # fmt: skip
-_STATUS_ORDER = ("quarantined", "backoff", "running", "parked", "paused", "waiting", "stopped", "completed")
+_STATUS_ORDER = (
+    "quarantined",
+    "backoff",
+    "running",
+    "parked",
+    "paused",
+    "waiting",
+    "stopped",
+    "completed",
+)
 
 Reply = dict[str, Any]
 
@@ -57,7 +71,9 @@ class Picture:
         """Ask again; money and tasks each second, the headline each time."""
         started = time.monotonic()
         self._get("status", {})
-        many = (self.replies.get("status", {}).get("tasks") or {}).get("total", 0) > _MANY_TASKS
+        many = (self.replies.get("status", {}).get("tasks") or {}).get(
+            "total", 0
+        ) > _MANY_TASKS
         if self._round % (_SLOW_EVERY * (10 if many else 1)) == 0:
             self._get("tasks", {})
         if self._round % _SLOW_EVERY == 0:
@@ -105,20 +121,25 @@ Section = tuple[Sequence[str], list[list[str]], list[str]]
 def _head(status: Reply, trouble: str, width: int) -> list[Text]:
     health = judge(status)
     trading = status.get("trading") or {}
-    switch, orders, tasks = (status.get(key) or {} for key in ("switch", "orders", "tasks"))
+    switch, orders, tasks = (
+        status.get(key) or {} for key in ("switch", "orders", "tasks")
+    )
     money = "LIVE MONEY" if status.get("live") else "paper"
     first = Text.assemble(
         (f" {status.get('name')} ", "bold reverse"),
         f" {money}  ",
         (f"{health.level}  ", _LEVEL_STYLES[health.level]),
-        (f"{trading.get('state', '-')}  ", "green" if trading.get("state") == "ACTIVE" else "bold red"),
+        (
+            f"{trading.get('state', '-')}  ",
+            "green" if trading.get("state") == "ACTIVE" else "bold red",
+        ),
         f"up {duration(status.get('uptime_s'))}  tasks {tasks.get('total', 0)}  orders {orders.get('open', 0)}",
     )
     second = Text.assemble(
         (" equity ", "dim"), number(status.get("equity"), 2),
         ("  realized ", "dim"), _signed(status.get("realized_pnl")),
         ("  unrealized ", "dim"), _signed(status.get("unrealized_pnl")),
-        ("  switches ", "dim"), str(switch.get("count", 0)),
+        ("  switches ", "dim"), str(switch_count(switch)),
         ("  p50 ", "dim"), us(switch.get("p50_us")),
         ("  p99.9 ", "dim"), us(switch.get("p999_us")),
     )  # fmt: skip
@@ -151,7 +172,11 @@ def _sections(picture: Picture, width: int) -> list[Section]:
 def _tasks(lines: list[Reply], width: int) -> Section:
     lines = sorted(lines, key=lambda t: (_rank(t.get("status")), t.get("task_id", "")))
     wide = width >= 100
-    headings = ["TASK", "STATUS", "STATE", "NEXT RUN"] + (["LAG P99", "RUNS", "ERRORS"] if wide else []) + ["WHY"]
+    headings = (
+        ["TASK", "STATUS", "STATE", "NEXT RUN"]
+        + (["LAG P99", "RUNS", "ERRORS"] if wide else [])
+        + ["WHY"]
+    )
     rows = []
     for task in lines:
         row = [
@@ -161,13 +186,23 @@ def _tasks(lines: list[Reply], width: int) -> Section:
             task.get("next_run_words") or clock(task.get("next_run")),
         ]
         if wide:
-            row += [f"{task.get('lag_p99_s', 0) * 1000:.1f} ms", str(task.get("runs", 0)), str(task.get("errors", 0))]
-        rows.append([*row, task.get("why") or ""])
-    return headings, rows, [_STATUS_STYLES.get(task.get("status", ""), "") for task in lines]
+            row += [
+                f"{task.get('lag_p99_s', 0) * 1000:.1f} ms",
+                str(task.get("runs", 0)),
+                str(task.get("errors", 0)),
+            ]
+        rows.append([*row, why(task)])
+    return (
+        headings,
+        rows,
+        [_STATUS_STYLES.get(task.get("status", ""), "") for task in lines],
+    )
 
 
 def _rank(status: Any) -> int:
-    return _STATUS_ORDER.index(status) if status in _STATUS_ORDER else len(_STATUS_ORDER)
+    return (
+        _STATUS_ORDER.index(status) if status in _STATUS_ORDER else len(_STATUS_ORDER)
+    )
 
 
 def _switches(lines: list[Reply]) -> Section:
@@ -176,12 +211,21 @@ def _switches(lines: list[Reply]) -> Section:
          str(t.get("outcome", "")), us(t.get("switch_us")), f"{t.get('parked', 0)} parked"]
         for t in reversed(lines)
     ]  # fmt: skip
-    styles = ["" if t.get("outcome") == "handled" else "yellow" for t in reversed(lines)]
-    return ["SWITCHES", "HANDLER", "KEY", "EDGE", "OUTCOME", "LATENCY", "BACKGROUND"], rows, styles
+    styles = [
+        "" if t.get("outcome") == "handled" else "yellow" for t in reversed(lines)
+    ]
+    return (
+        ["SWITCHES", "HANDLER", "KEY", "EDGE", "OUTCOME", "LATENCY", "BACKGROUND"],
+        rows,
+        styles,
+    )
 
 
 def _offenders(lines: list[Reply]) -> Section:
-    rows = [[str(o.get(k, "")) for k in ("task_id", "kind", "detail", "count")] for o in lines]
+    rows = [
+        [str(o.get(k, "")) for k in ("task_id", "kind", "detail", "count")]
+        for o in lines
+    ]
     return ["OFFENDERS", "WHAT", "DETAIL", "COUNT"], rows, ["red"] * len(rows)
 
 
@@ -191,7 +235,11 @@ def _orders(lines: list[Reply]) -> Section:
          number(o.get("price")), o["status"]]
         for o in reversed(lines)
     ]  # fmt: skip
-    return ["OPEN ORDERS", "SIDE", "FILLED", "INSTRUMENT", "PRICE", "STATUS"], rows, [""] * len(rows)
+    return (
+        ["OPEN ORDERS", "SIDE", "FILLED", "INSTRUMENT", "PRICE", "STATUS"],
+        rows,
+        [""] * len(rows),
+    )
 
 
 def _positions(lines: list[Reply]) -> Section:
@@ -200,15 +248,31 @@ def _positions(lines: list[Reply]) -> Section:
          number(p.get("unrealized_pnl"), 2), number(p["realized_pnl"], 2)]
         for p in lines
     ]  # fmt: skip
-    return ["POSITIONS", "QUANTITY", "ENTRY", "MARK", "UNREALIZED", "REALIZED"], rows, [""] * len(rows)
+    return (
+        ["POSITIONS", "QUANTITY", "ENTRY", "MARK", "UNREALIZED", "REALIZED"],
+        rows,
+        [""] * len(rows),
+    )
 
 
 def _logs(lines: list[Reply]) -> Section:
     rows, styles = [], []
     for entry in reversed(lines):
-        fields = " ".join(f"{k}={v}" for k, v in entry.items() if k not in ("at", "level", "event"))
-        rows.append([clock(entry.get("at")), str(entry.get("level", "")), f"{entry.get('event', '')}  {fields}".strip()])
-        styles.append({"warning": "yellow", "error": "red", "critical": "bold red"}.get(str(entry.get("level")), "dim"))
+        fields = " ".join(
+            f"{k}={v}" for k, v in entry.items() if k not in ("at", "level", "event")
+        )
+        rows.append(
+            [
+                clock(entry.get("at")),
+                str(entry.get("level", "")),
+                f"{entry.get('event', '')}  {fields}".strip(),
+            ]
+        )
+        styles.append(
+            {"warning": "yellow", "error": "red", "critical": "bold red"}.get(
+                str(entry.get("level")), "dim"
+            )
+        )
     return ["LOG", "", ""], rows, styles
 
 
@@ -227,11 +291,30 @@ def _share_out(room: int, wanted: Sequence[int]) -> list[int]:
     return shares
 
 
-def _grid(headings: Sequence[str], rows: list[list[str]], styles: Sequence[str], lines: int, width: int) -> Table:
-    shown = Table(box=None, pad_edge=False, header_style="bold", expand=False, width=None, padding=(0, 1))
+def _grid(
+    headings: Sequence[str],
+    rows: list[list[str]],
+    styles: Sequence[str],
+    lines: int,
+    width: int,
+) -> Table:
+    shown = Table(
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        expand=False,
+        width=None,
+        padding=(0, 1),
+    )
     for index, heading in enumerate(headings):
         last = index == len(headings) - 1
-        shown.add_column(heading, no_wrap=True, overflow="ellipsis", ratio=None, max_width=max(8, width // 2 if last else width // 4))
+        shown.add_column(
+            heading,
+            no_wrap=True,
+            overflow="ellipsis",
+            ratio=None,
+            max_width=max(8, width // 2 if last else width // 4),
+        )
     room = lines - 1
     hidden = len(rows) - room
     if hidden > 0:
@@ -256,9 +339,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.nice(10)
     parent = os.getppid()
     with ControlClient(directory, 5.0) as client:
-        picture = Picture(lambda verb, arguments: client.ask(verb, arguments, actor="live view"))
+        picture = Picture(
+            lambda verb, arguments: client.ask(verb, arguments, actor="live view")
+        )
         console = Console(highlight=False)
-        with contextlib.suppress(OSError), Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False) as live:
+        with (
+            contextlib.suppress(OSError),
+            Live(
+                console=console, screen=True, auto_refresh=False, redirect_stdout=False
+            ) as live,
+        ):
             while os.getppid() == parent:
                 try:
                     picture.refresh()

@@ -22,8 +22,10 @@ __all__ = [
     "positions",
     "show",
     "status",
+    "switch_count",
     "tasks",
     "trades",
+    "why",
     "workers",
 ]
 
@@ -46,27 +48,54 @@ def status(*, target: Target = _HERE) -> int:
     offenders = reply.get("offenders") or []
     if offenders:
         print("\nOffenders")
-        rows = [(o["task_id"], o["kind"], o.get("detail"), o["count"], clock(o.get("last_at"))) for o in offenders[:10]]
+        rows = [
+            (
+                o["task_id"],
+                o["kind"],
+                o.get("detail"),
+                o["count"],
+                clock(o.get("last_at")),
+            )
+            for o in offenders[:10]
+        ]
         table(rows, ("TASK", "WHAT", "DETAIL", "COUNT", "LAST"), "")
     return 0
 
 
 def _headline(reply: Mapping[str, Any], level: str) -> dict[str, str]:
-    trading, switch, orders = (reply.get(key) or {} for key in ("trading", "switch", "orders"))
+    trading, switch, orders = (
+        reply.get(key) or {} for key in ("trading", "switch", "orders")
+    )
     tasks = reply.get("tasks") or {}
-    by_status = ", ".join(f"{count} {name}" for name, count in sorted((tasks.get("by_status") or {}).items()))
+    by_status = ", ".join(
+        f"{count} {name}"
+        for name, count in sorted((tasks.get("by_status") or {}).items())
+    )
     return {
         "desk": f"{reply.get('name')} ({reply.get('mode')}, {'LIVE' if reply.get('live') else 'paper'}), process {reply.get('pid')}",
         "health": level,
         "trading": f"{trading.get('state', '-')} {trading.get('reason') or ''}".strip(),
         "up": f"{duration(reply.get('uptime_s'))}, start {reply.get('epoch')}, since {clock(reply.get('started_at'))}",
-        "tasks": f"{tasks.get('total', 0)} ({by_status})" if by_status else str(tasks.get("total", 0)),
-        "switches": f"{switch.get('count', 0)}, p50 {us(switch.get('p50_us'))}, p99.9 {us(switch.get('p999_us'))}, "
+        "tasks": f"{tasks.get('total', 0)} ({by_status})"
+        if by_status
+        else str(tasks.get("total", 0)),
+        "switches": f"{switch_count(switch)}, p50 {us(switch.get('p50_us'))}, p99.9 {us(switch.get('p999_us'))}, "
         f"max {us(switch.get('max_us'))}",
         "orders": f"{orders.get('open', 0)} open, {orders.get('unknown', 0)} unknown",
         "equity": f"{number(reply.get('equity'), 2)}, realized {number(reply.get('realized_pnl'), 2)}, "
         f"unrealized {number(reply.get('unrealized_pnl'), 2)}, fees {number(reply.get('fees'), 4)}",
     }
+
+
+def switch_count(switch: Mapping[str, Any]) -> int:
+    """Return how many switches there were."""
+    return int(switch.get("count", switch.get("switches", 0)))
+
+
+def why(task: Mapping[str, Any]) -> str:
+    """Return why a task waits, unless its next run says the same."""
+    text = str(task.get("why") or "")
+    return "" if text == task.get("next_run_words") else text
 
 
 def duration(seconds: Any) -> str:
@@ -85,7 +114,9 @@ def tasks(*, status: str | None = None, target: Target = _HERE) -> int:
     """
     reply = ask(target, "tasks")
     if status:
-        reply["tasks"] = [line for line in reply["tasks"] if line.get("status") == status]
+        reply["tasks"] = [
+            line for line in reply["tasks"] if line.get("status") == status
+        ]
     if target.json:
         print_json(reply)
         return 0
@@ -99,11 +130,25 @@ def tasks(*, status: str | None = None, target: Target = _HERE) -> int:
             line["runs"],
             line["errors"],
             f"{line['lag_p99_s'] * 1000:.1f} ms",
-            line.get("why"),
+            why(line),
         )
         for line in reply["tasks"]
     ]
-    table(rows, ("TASK", "STATUS", "STATE", "PRIORITY", "NEXT RUN", "RUNS", "ERRORS", "LAG P99", "WHY"), "No tasks.")
+    table(
+        rows,
+        (
+            "TASK",
+            "STATUS",
+            "STATE",
+            "PRIORITY",
+            "NEXT RUN",
+            "RUNS",
+            "ERRORS",
+            "LAG P99",
+            "WHY",
+        ),
+        "No tasks.",
+    )
     return 0
 
 
@@ -118,7 +163,13 @@ def show(task: str, *, target: Target = _HERE) -> int:
         print_json(reply)
         return 0
     nested = ("context", "history", "orders", "waits_at", "version")
-    pairs({name: value for name, value in reply.items() if name not in nested and value not in (None, "")})
+    pairs(
+        {
+            name: value
+            for name, value in reply.items()
+            if name not in nested and value not in (None, "")
+        }
+    )
     print("\nContext")
     pairs({f"  {name}": value for name, value in (reply.get("context") or {}).items()})
     print("\nStates")
@@ -131,7 +182,19 @@ def show(task: str, *, target: Target = _HERE) -> int:
     return 0
 
 
-_ORDER_HEADINGS = ("ORDER", "TASK", "SYMBOL", "VENUE", "SIDE", "QUANTITY", "PRICE", "FILLED", "STATUS", "UPDATED", "REASON")
+_ORDER_HEADINGS = (
+    "ORDER",
+    "TASK",
+    "SYMBOL",
+    "VENUE",
+    "SIDE",
+    "QUANTITY",
+    "PRICE",
+    "FILLED",
+    "STATUS",
+    "UPDATED",
+    "REASON",
+)
 
 
 def orders(*, open: bool = False, limit: _Limit = 50, target: Target = _HERE) -> int:
@@ -186,7 +249,21 @@ def _fills(target: Target, verb: str, limit: int) -> int:
         )
         for f in reply[verb]
     ]  # fmt: skip
-    table(rows, ("AT", "SYMBOL", "VENUE", "SIDE", "QUANTITY", "PRICE", "FEE", "LIQUIDITY", "ORDER"), f"No {verb}.")
+    table(
+        rows,
+        (
+            "AT",
+            "SYMBOL",
+            "VENUE",
+            "SIDE",
+            "QUANTITY",
+            "PRICE",
+            "FEE",
+            "LIQUIDITY",
+            "ORDER",
+        ),
+        f"No {verb}.",
+    )
     return 0
 
 
@@ -203,7 +280,11 @@ def positions(*, target: Target = _HERE) -> int:
         )
         for p in reply["positions"]
     ]  # fmt: skip
-    table(rows, ("SYMBOL", "VENUE", "QUANTITY", "ENTRY", "MARK", "UNREALIZED", "REALIZED"), "No positions.")
+    table(
+        rows,
+        ("SYMBOL", "VENUE", "QUANTITY", "ENTRY", "MARK", "UNREALIZED", "REALIZED"),
+        "No positions.",
+    )
     return 0
 
 
@@ -218,10 +299,23 @@ def opportunities(*, limit: _Limit = 20, target: Target = _HERE) -> int:
         print_json(reply)
         return 0
     rows = [
-        (clock(o.get("at")), o["handler"], o["key"], o["edge_ppm"], o["outcome"], us(o.get("switch_us")), o["parked"], o.get("reason"))
+        (
+            clock(o.get("at")),
+            o["handler"],
+            o["key"],
+            o["edge_ppm"],
+            o["outcome"],
+            us(o.get("switch_us")),
+            o["parked"],
+            o.get("reason"),
+        )
         for o in reply["opportunities"]
     ]
-    table(rows, ("AT", "HANDLER", "KEY", "EDGE PPM", "OUTCOME", "SWITCH", "PARKED", "REASON"), "No opportunities yet.")
+    table(
+        rows,
+        ("AT", "HANDLER", "KEY", "EDGE PPM", "OUTCOME", "SWITCH", "PARKED", "REASON"),
+        "No opportunities yet.",
+    )
     return 0
 
 
@@ -231,7 +325,13 @@ def performance(*, target: Target = _HERE) -> int:
     if target.json:
         print_json(reply)
         return 0
-    pairs({name.replace("_", " "): number(value, 4) for name, value in reply.items() if name != "version"})
+    pairs(
+        {
+            name.replace("_", " "): number(value, 4)
+            for name, value in reply.items()
+            if name != "version"
+        }
+    )
     return 0
 
 
@@ -244,7 +344,11 @@ def workers(*, target: Target = _HERE) -> int:
     hosts = reply["hosts"]
     headings = list(hosts[0]) if hosts else []
     rows = [[_short(host.get(name)) for name in headings] for host in hosts]
-    table(rows, [name.upper() for name in headings], "No background hosts: every task runs in the desk.")
+    table(
+        rows,
+        [name.upper() for name in headings],
+        "No background hosts: every task runs in the desk.",
+    )
     return 0
 
 
@@ -255,7 +359,13 @@ def _short(value: Any) -> str:
 Level = Literal["debug", "info", "warn", "error"]
 
 
-def logs(task: str | None = None, *, level: Level | None = None, limit: _Limit = 100, target: Target = _HERE) -> int:
+def logs(
+    task: str | None = None,
+    *,
+    level: Level | None = None,
+    limit: _Limit = 100,
+    target: Target = _HERE,
+) -> int:
     """Show the newest log lines, oldest first. Of a desk that is down, those in its file.
 
     Args:
@@ -277,7 +387,9 @@ def logs(task: str | None = None, *, level: Level | None = None, limit: _Limit =
         return 0
     for entry in reply["logs"]:
         head = f"{clock(entry.pop('at', ''))} {entry.pop('level', ''):<8} {entry.pop('event', '')}"
-        print(f"{head}  {' '.join(f'{key}={value}' for key, value in entry.items())}".rstrip())
+        print(
+            f"{head}  {' '.join(f'{key}={value}' for key, value in entry.items())}".rstrip()
+        )
     return 0
 
 
@@ -285,7 +397,9 @@ _TAIL_BYTES = 8 * 1024 * 1024
 _RANKS = {"debug": 0, "info": 1, "warn": 2, "warning": 2, "error": 3, "critical": 4}
 
 
-def _from_file(path: Any, task: str | None, level: str | None, limit: int) -> list[dict[str, Any]] | None:
+def _from_file(
+    path: Any, task: str | None, level: str | None, limit: int
+) -> list[dict[str, Any]] | None:
     import json
 
     if not path.exists():
@@ -300,6 +414,8 @@ def _from_file(path: Any, task: str | None, level: str | None, limit: int) -> li
         except ValueError:  # cut off by the seek, or by a crash
             continue
         matches = task is None or task in (entry.get("task"), entry.get("source"))
-        if matches and _RANKS.get(entry.get("level"), 1) >= _RANKS.get(level or "debug", 0):
+        if matches and _RANKS.get(entry.get("level"), 1) >= _RANKS.get(
+            level or "debug", 0
+        ):
             found.append(entry)
     return found[-limit:]

@@ -11,7 +11,16 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["clock", "complain", "guarded", "note", "number", "print_json", "table", "us"]
+__all__ = [
+    "clock",
+    "complain",
+    "guarded",
+    "note",
+    "number",
+    "print_json",
+    "table",
+    "us",
+]
 
 
 @contextlib.contextmanager
@@ -67,9 +76,15 @@ def table(rows: Iterable[Sequence[Any]], headings: Sequence[str], empty: str) ->
 
 def _plain(lines: list[list[str]], headings: Sequence[str]) -> None:
     everything = [list(headings), *lines]
-    widths = [max(len(line[column]) for line in everything) for column in range(len(headings))]
+    widths = [
+        max(len(line[column]) for line in everything) for column in range(len(headings))
+    ]
     for line in everything:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print(
+            "  ".join(
+                cell.ljust(width) for cell, width in zip(line, widths, strict=True)
+            ).rstrip()
+        )
 
 
 def pairs(facts: Mapping[str, Any]) -> None:
@@ -97,7 +112,13 @@ def us(value: Any) -> str:
     """Return microseconds in the unit that reads best."""
     if not isinstance(value, (int, float)):
         return "-"
-    return f"{value:.0f} us" if value < 1000 else f"{value / 1000:.2f} ms" if value < 1e6 else f"{value / 1e6:.2f} s"
+    return (
+        f"{value:.0f} us"
+        if value < 1000
+        else f"{value / 1000:.2f} ms"
+        if value < 1e6
+        else f"{value / 1e6:.2f} s"
+    )
 
 
 def clock(value: Any) -> str:

@@ -46,7 +46,9 @@ def new_config(
         print(text, end="")
         return 0
     _write(path, text, force)
-    print(f"Wrote {path}. Next: `nightdesk check-config{'' if path.name == 'desk.yaml' else f' {path}'}`, then `nightdesk run`.")
+    print(
+        f"Wrote {path}. Next: `nightdesk check-config{'' if path.name == 'desk.yaml' else f' {path}'}`, then `nightdesk run`."
+    )
     return 0
 
 
@@ -59,7 +61,11 @@ def init(directory: Path, *, force: _Flag = False) -> int:
     """
     from nightdesk.loading import sample_config
 
-    hello = resources.files("nightdesk.cli").joinpath("templates/hello.py").read_text(encoding="utf-8")
+    hello = (
+        resources.files("nightdesk.cli")
+        .joinpath("templates/hello.py")
+        .read_text(encoding="utf-8")
+    )
     files = {
         "desk.yaml": sample_config() + _OWN_TASK,
         "my_desk/__init__.py": '"""Tasks of this desk."""\n',
@@ -68,10 +74,14 @@ def init(directory: Path, *, force: _Flag = False) -> int:
     }
     existing = [name for name in files if (directory / name).exists()]
     if existing and not force:
-        raise CommandError(f"{directory} has {', '.join(existing)} already. Choose another directory, or pass --force.")
+        raise CommandError(
+            f"{directory} has {', '.join(existing)} already. Choose another directory, or pass --force."
+        )
     for name, text in files.items():
         _write(directory / name, text, force=True)
-    print(f"Made {directory} with a desk and a task of your own (my_desk/hello.py).\nNext: cd {directory} && nightdesk run")
+    print(
+        f"Made {directory} with a desk and a task of your own (my_desk/hello.py).\nNext: cd {directory} && nightdesk run"
+    )
     return 0
 
 
@@ -81,7 +91,9 @@ def _write(path: Path, text: str, force: bool) -> None:
         with path.open("w" if force else "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise CommandError(f"{path} exists. Choose another name, or pass --force.") from None
+        raise CommandError(
+            f"{path} exists. Choose another name, or pass --force."
+        ) from None
     except OSError as error:
         raise CommandError(f"{path} cannot be written: {error.strerror}.") from None
 
@@ -89,7 +101,9 @@ def _write(path: Path, text: str, force: bool) -> None:
 def check_config(
     path: Path | None = None,
     *,
-    config: Annotated[Path | None, Parameter(name=["--config", "-c", "--config-file", "-f"])] = None,
+    config: Annotated[
+        Path | None, Parameter(name=["--config", "-c", "--config-file", "-f"])
+    ] = None,
     json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
     """Check a configuration without starting anything; every problem is told at once.
@@ -103,13 +117,25 @@ def check_config(
 
     file = path or config or Path(loading.DEFAULT_FILE)
     found = loading.check_config(file, os.environ)
-    warnings = [line.removeprefix("warning: ") for line in found if line.startswith("warning: ")]
+    warnings = [
+        line.removeprefix("warning: ") for line in found if line.startswith("warning: ")
+    ]
     problems = [line for line in found if not line.startswith("warning: ")]
     if json:
-        print_json({"version": 1, "file": str(file), "ok": not problems, "problems": problems, "warnings": warnings})
+        print_json(
+            {
+                "version": 1,
+                "file": str(file),
+                "ok": not problems,
+                "problems": problems,
+                "warnings": warnings,
+            }
+        )
     else:
         for line in found:
             print(line)
         count = len(problems)
-        print(f"{file}: {f'{count} problem' + 's' * (count > 1) if count else 'sound'}.")
+        print(
+            f"{file}: {f'{count} problem' + 's' * (count > 1) if count else 'sound'}."
+        )
     return 2 if problems else 0

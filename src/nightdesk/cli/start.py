@@ -27,10 +27,18 @@ if TYPE_CHECKING:
 
 __all__ = ["demo", "replay", "run"]
 
-_Config = Annotated[Path | None, Parameter(name=["--config", "-c", "--config-file", "-f"])]
+_Config = Annotated[
+    Path | None, Parameter(name=["--config", "-c", "--config-file", "-f"])
+]
 _State = Annotated[str | None, Parameter(name="--state")]
-_Mode = Annotated[Literal["development", "production", "test"] | None, Parameter(name=["--mode", "-m"])]
-_Level = Annotated[Literal["debug", "info", "warn", "error"] | None, Parameter(name=["--log-level", "-l"])]
+_Mode = Annotated[
+    Literal["development", "production", "test"] | None,
+    Parameter(name=["--mode", "-m"]),
+]
+_Level = Annotated[
+    Literal["debug", "info", "warn", "error"] | None,
+    Parameter(name=["--log-level", "-l"]),
+]
 _Flag = Annotated[bool, Parameter(negative="")]
 
 
@@ -45,7 +53,9 @@ def run(
     no_console: Annotated[bool, Parameter(name="--no-console", negative="")] = False,
     no_moralis: Annotated[bool, Parameter(name="--no-moralis", negative="")] = False,
     chain: str | None = None,
-    webhook_port: Annotated[int | None, Parameter(name=["--webhook-port", "-p"])] = None,
+    webhook_port: Annotated[
+        int | None, Parameter(name=["--webhook-port", "-p"])
+    ] = None,
     redis_url: Annotated[str | None, Parameter(name=["--redis-url", "-r"])] = None,
     no_redis: Annotated[bool, Parameter(name="--no-redis", negative="")] = False,
     no_database: Annotated[bool, Parameter(name="--no-database", negative="")] = False,
@@ -70,7 +80,9 @@ def run(
     later = {"--chain": chain, "--webhook-port": webhook_port, "--redis-url": redis_url}
     for flag, value in later.items():
         if value is not None:
-            note(f"{flag} has no effect in this release: what it configures arrives with a later one.")
+            note(
+                f"{flag} has no effect in this release: what it configures arrives with a later one."
+            )
     flags = {
         "state.directory": state,
         "mode": mode,
@@ -80,7 +92,9 @@ def run(
     }
     loaded = loading.load_config(config, environment=os.environ, flags=flags)
     if no_moralis:
-        loaded = msgspec.structs.replace(loaded, sources=tuple(s for s in loaded.sources if s.type != "moralis"))
+        loaded = msgspec.structs.replace(
+            loaded, sources=tuple(s for s in loaded.sources if s.type != "moralis")
+        )
     _check_live(loaded)
     return _run(loaded, show=not no_console)
 
@@ -98,19 +112,33 @@ def demo(
         log_level: Least level that is logged.
         no_console: Log lines instead of the live view.
     """
-    flags = {"state.directory": state or os.environ.get("NIGHTDESK__STATE__DIRECTORY") or DEMO_STATE, "log_level": log_level}
-    with resources.as_file(resources.files("nightdesk.cli") / "templates" / "demo.yaml") as path:
+    flags = {
+        "state.directory": state
+        or os.environ.get("NIGHTDESK__STATE__DIRECTORY")
+        or DEMO_STATE,
+        "log_level": log_level,
+    }
+    with resources.as_file(
+        resources.files("nightdesk.cli") / "templates" / "demo.yaml"
+    ) as path:
         loaded = loading.load_config(path, environment=os.environ, flags=flags)
-    return _run(msgspec.structs.replace(loaded, source_file="demo.yaml (packaged)"), show=not no_console)
+    return _run(
+        msgspec.structs.replace(loaded, source_file="demo.yaml (packaged)"),
+        show=not no_console,
+    )
 
 
 def _check_live(config: Config) -> None:
     """Nobody shall believe in real orders that are none, nor the other way round."""
     real = [venue.name for venue in config.venues if not venue.type.startswith("paper")]
     if config.live and not real:
-        raise CommandError("--live: every venue of this desk trades paper money. Leave the flag out, or add a real venue.")
+        raise CommandError(
+            "--live: every venue of this desk trades paper money. Leave the flag out, or add a real venue."
+        )
     if real and not config.live:
-        raise CommandError(f"{', '.join(real)} would trade real money: pass --live, or make its type paper.")
+        raise CommandError(
+            f"{', '.join(real)} would trade real money: pass --live, or make its type paper."
+        )
 
 
 def _run(config: Config, *, show: bool) -> int:
@@ -119,7 +147,12 @@ def _run(config: Config, *, show: bool) -> int:
     logs.set_console("text" if terminal else "json")
     from nightdesk.running import run as run_desk
 
-    watch = show and terminal and not config.virtual_time and os.environ.get("TERM") != "dumb"
+    watch = (
+        show
+        and terminal
+        and not config.virtual_time
+        and os.environ.get("TERM") != "dumb"
+    )
     try:
         return run_desk(config, view=live_view if watch else None)
     finally:
@@ -132,19 +165,23 @@ async def live_view(desk: "TradingDesk") -> None:
     Drawing costs tens of milliseconds of Python, and the interpreter lock would let it into every
     switch, so it happens in a process of its own that asks through the control socket.
     """
-    command = [sys.executable, "-m", "nightdesk.cli.live", str(desk.directory)]
-    logs.flush_logs()
-    # In a session of its own, so that Ctrl-C is the desk's alone.
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, close_fds=True)
-    logs.set_console("off")
+    process = _open_view(desk.directory)
     try:
-        while process.poll() is None:
-            await asyncio.sleep(0.5)
+        await asyncio.to_thread(process.wait)
     finally:
-        if process.poll() is None:
-            process.terminate()
-            await asyncio.to_thread(_wait_for, process)
+        process.terminate()
+        await asyncio.to_thread(_wait_for, process)
         logs.set_console("text")
+
+
+def _open_view(directory: Path) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "nightdesk.cli.live", str(directory)]
+    logs.flush_logs()
+    logs.set_console("off")
+    # In a session of its own, so that Ctrl-C is the desk's alone.
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, close_fds=True
+    )
 
 
 def _wait_for(process: "subprocess.Popen[bytes]") -> None:
@@ -185,8 +222,14 @@ def replay(
     loaded = _replay_config(config, log_level)
     name = venue or (loaded.venues[0].name if len(loaded.venues) == 1 else None)
     if name is None:
-        raise CommandError(f"--venue is needed: one of {', '.join(v.name for v in loaded.venues) or 'none listed'}.")
-    options: dict[str, Any] = {"files": [str(file) for file in files], "venue": name, "speed": _speed(speed)}
+        raise CommandError(
+            f"--venue is needed: one of {', '.join(v.name for v in loaded.venues) or 'none listed'}."
+        )
+    options: dict[str, Any] = {
+        "files": [str(file) for file in files],
+        "venue": name,
+        "speed": _speed(speed),
+    }
     if symbol:
         options["symbol"] = symbol
     directory = state or _fresh_directory()
@@ -207,7 +250,9 @@ def _replay_config(config: Path | None, log_level: str | None) -> Config:
     flags = {"log_level": log_level}
     if config is not None:
         return loading.load_config(config, environment=os.environ, flags=flags)
-    with resources.as_file(resources.files("nightdesk.cli") / "templates" / "replay.yaml") as path:
+    with resources.as_file(
+        resources.files("nightdesk.cli") / "templates" / "replay.yaml"
+    ) as path:
         return loading.load_config(path, environment=os.environ, flags=flags)
 
 
@@ -242,9 +287,14 @@ def _summarise(directory: Path, as_json: bool) -> None:
 
     records = [r for r in tools.export(directory) if isinstance(r.get("data"), dict)]
     fills = [r["data"] for r in records if r["kind"] == "fill"]
-    tasks = {str(r["key"]): r["data"].get("state") for r in records if r["kind"] == "context"}
+    tasks = {
+        str(r["key"]): r["data"].get("state") for r in records if r["kind"] == "context"
+    }
     quantity = sum((Decimal(str(f["quantity"])) for f in fills), Decimal(0))
-    notional = sum((Decimal(str(f["quantity"])) * Decimal(str(f["price"])) for f in fills), Decimal(0))
+    notional = sum(
+        (Decimal(str(f["quantity"])) * Decimal(str(f["price"])) for f in fills),
+        Decimal(0),
+    )
     average = notional / quantity if quantity else None
     if as_json:
         print_json(
@@ -259,5 +309,10 @@ def _summarise(directory: Path, as_json: bool) -> None:
         )
         return
     facts: dict[str, Any] = {f"task {name}": state for name, state in tasks.items()}
-    facts |= {"fills": len(fills), "quantity": number(quantity), "average price": number(average, 4), "state": directory}
+    facts |= {
+        "fills": len(fills),
+        "quantity": number(quantity),
+        "average price": number(average, 4),
+        "state": directory,
+    }
     pairs(facts)

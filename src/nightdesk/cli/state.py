@@ -93,13 +93,27 @@ def pending_work(directory: Path) -> dict[str, Any]:
             trading = str(data.get("state", "HALTED"))
     if (directory / "HALT").exists():
         trading = "HALTED (flag file)"
-    open_orders = [_order_line(order) for order in orders.values() if order.get("status") not in _FINISHED]
-    return {"version": 1, "orders": open_orders, "tasks": tasks, "trading": trading, "unreadable": unreadable}
+    open_orders = [
+        _order_line(order)
+        for order in orders.values()
+        if order.get("status") not in _FINISHED
+    ]
+    return {
+        "version": 1,
+        "orders": open_orders,
+        "tasks": tasks,
+        "trading": trading,
+        "unreadable": unreadable,
+    }
 
 
 def _task_line(key: str, data: Mapping[str, Any]) -> dict[str, Any]:
     meta = data.get("_meta") or {}
-    return {"task_id": key, "type": meta.get("type", "?"), "state": data.get("state", "?")}
+    return {
+        "task_id": key,
+        "type": meta.get("type", "?"),
+        "state": data.get("state", "?"),
+    }
 
 
 def _order_line(order: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,5 +127,7 @@ def _order_line(order: Mapping[str, Any]) -> dict[str, Any]:
         "side": request.get("side"),
         "quantity": request.get("quantity"),
         "status": order.get("status"),
-        "step": "ask the venue; nothing is sent again" if not never_sent else "ask the venue whether it was sent",
+        "step": "ask the venue; nothing is sent again"
+        if not never_sent
+        else "ask the venue whether it was sent",
     }

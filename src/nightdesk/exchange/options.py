@@ -38,7 +38,7 @@ class PaperOptions(
     seed: int | None = None
     latency_ms: tuple[float, float] = (0.0, 0.0)
     faults: Faults = Faults()
-    expiry_s: float = 5.0
+    expiry_s: float = 1.0
     process: Literal["desk", "own"] = "desk"
     feeds: list[dict[str, Any]] = []
     idle_exit_s: float = 1800.0

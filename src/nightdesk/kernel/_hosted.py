@@ -82,7 +82,7 @@ class Hosted:
         status: Why it has no host (`backoff`, `quarantined`, `completed`); "" while it has one.
         report: Its host's last word on its health, encoded.
         resumes_ns: Monotonic time before which the watch does not place it.
-        has_been_seen: Its stack was taken once while it held its host.
+        stack: Where it stood when it first held its host for too long.
     """
 
     def __init__(self, task: HostedTask, number: int) -> None:
@@ -96,7 +96,7 @@ class Hosted:
         self.offences = 0
         self.offended_ns = 0
         self.resumes_ns = 0
-        self.has_been_seen = False
+        self.stack = ""
         self._carried = dict.fromkeys(_COUNTS, 0)
 
     def change(self, **changes: Any) -> None:
@@ -109,11 +109,10 @@ class Hosted:
 
     def leave(self) -> None:
         """Its host is gone: keep its counts, which the next host begins at zero."""
-        last = self.health()
+        last, self.link = self.health(), None
         self._carried = {name: getattr(last, name) for name in _COUNTS}
         self._carried["restarts"] += 1
         self.report = None
-        self.link = None
 
     def health(self) -> TaskHealth:
         """Return its health over all its hosts."""

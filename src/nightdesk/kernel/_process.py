@@ -22,10 +22,16 @@ from nightdesk.kernel._pulse import Page, new_shared_file
 __all__ = ["HostProcess", "spawn"]
 
 _STACK_BYTES = 4000
+_STACK_POLLS = 100
 _TAIL_BYTES = 4000
 _READ_BYTES = 64 * 1024
 _MAX_LOOK_S = 0.25
 _MAX_STARVED = 4.0
+_OPTIONS = ("--fd", "--page", "--stack", "--parent")
+# Libraries for arrays start a thread per core of the machine unless somebody says otherwise.
+_ONE_THREAD = dict.fromkeys(
+    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
+)
 
 
 class HostProcess:
@@ -138,7 +144,7 @@ class HostProcess:
         return fatal or self._output.decode(errors="replace")
 
     async def stack(self) -> str:
-        """Return where every thread stands now, the loop's first.
+        """Return where every thread stands now, the loop's first; "" if it did not answer in time.
 
         The signal's handler is C code and takes no lock, so it answers for a host that is deaf to
         everything else, native code that holds the interpreter's lock included.
@@ -147,12 +153,14 @@ class HostProcess:
             os.ftruncate(self._stack, 0)
             os.kill(self.pid, signal.SIGUSR2)
         size = 0
-        for _ in range(30):
+        for _ in range(
+            _STACK_POLLS
+        ):  # at idle priority on a busy machine it takes its time
             await self._clock.sleep(0.01)
             before, size = size, os.fstat(self._stack).st_size
             if size and size == before:
                 break
-        return self._read_stack() or "(no stack: the process did not answer)"
+        return self._read_stack() or ""
 
     def _read_stack(self) -> str:
         text = (
@@ -190,7 +198,7 @@ class HostProcess:
             self._process.stdout.close()
 
 
-def spawn(clock: Clock) -> tuple[HostProcess, socket.socket]:
+def spawn(clock: Clock, *, is_idle: bool = True) -> tuple[HostProcess, socket.socket]:
     """Start a host and return it with our end of its socket.
 
     A new interpreter, no fork: it inherits three descriptors and nothing else, in particular not the
@@ -206,30 +214,25 @@ def spawn(clock: Clock) -> tuple[HostProcess, socket.socket]:
         fcntl.fcntl(stack, fcntl.F_SETFL, os.O_APPEND)
         shared_page = Page(page)
         descriptors = (theirs.fileno(), page, stack)
-        names = ("--fd", "--page", "--stack")
+        command = [sys.executable, "-P", "-m", "nightdesk.host"]
+        for name, value in zip(_OPTIONS, (*descriptors, os.getpid()), strict=True):
+            command += [name, str(value)]
+        if not is_idle:
+            command.append("--no-idle")
         process = subprocess.Popen(
-            [
-                *(
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "nightdesk.host",
-                    "--parent",
-                    str(os.getpid()),
-                ),
-                *(
-                    word
-                    for name, fd in zip(names, descriptors, strict=True)
-                    for word in (name, str(fd))
-                ),
-            ],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             pass_fds=descriptors,
             close_fds=True,
             process_group=0,
-            env={**os.environ, "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1"},
+            env={
+                **_ONE_THREAD,
+                **os.environ,
+                "PYTHONPATH": _python_path(),
+                "PYTHONUNBUFFERED": "1",
+            },
         )
     except BaseException:
         ours.close()
@@ -238,7 +241,8 @@ def spawn(clock: Clock) -> tuple[HostProcess, socket.socket]:
     finally:
         theirs.close()
         os.close(page)
-    _make_idle(process.pid)
+    if is_idle:
+        _make_idle(process.pid)
     if process.stdout is not None:
         os.set_blocking(process.stdout.fileno(), False)
     return HostProcess(process, shared_page, stack, clock), ours

@@ -61,6 +61,7 @@ class Warden:
         place: Callable[[Hosted, HostLink | None], None],
         on_look: Callable[[], None],
         on_routes: Callable[[], None],
+        is_idle: bool = True,
     ) -> None:
         self.links: list[HostLink] = []
         self.spare: HostLink | None = None
@@ -76,6 +77,7 @@ class Warden:
         self._place = place
         self._on_look = on_look
         self._on_routes = on_routes
+        self._is_idle = is_idle
         self._notice_s = min(0.5, config.stall_s / 2)
         self._memory_bytes = config.memory_mb * 1024 * 1024
         self._chores: set[asyncio.Task[None]] = set()
@@ -109,6 +111,8 @@ class Warden:
             async with asyncio.timeout(timeout_s):
                 await link.closed.wait()
         stuck = link.stuck
+        if stuck == []:
+            await link.process.gone(1.0)  # it ends by itself
         if stuck is None:  # silent to the end: whoever holds it is the reason
             owner = self._by_number(link.process.page.owner)
             stuck = [owner.id] if owner else []
@@ -140,7 +144,7 @@ class Warden:
         self._on_routes()
 
     def _spawn(self, is_isolated: bool = False, failures: int = 0) -> HostLink:
-        process, sock = spawn(self._clock)
+        process, sock = spawn(self._clock, is_idle=self._is_idle)
         self._numbers += 1
         link = HostLink(
             self._numbers,
@@ -221,13 +225,11 @@ class Warden:
     async def _name(self, link: HostLink, hosted: Hosted | None, detail: str) -> None:
         if hosted is None:
             return
-        stack = ""
-        if not hosted.has_been_seen:
+        if not hosted.stack:
             # Once only: the signal that asks for the stack cuts short what a task waits for in native
             # code, and one that is poked every time would never be found to be stuck.
-            hosted.has_been_seen = True
-            stack = await link.process.stack()
-        self._callbacks.on_offender(hosted.id, "slow", detail, stack)
+            hosted.stack = await link.process.stack() or "(it did not answer in time)"
+        self._callbacks.on_offender(hosted.id, "slow", detail, hosted.stack)
 
     def _weigh(self, link: HostLink) -> None:
         link.resident = link.process.resident_bytes()
@@ -264,7 +266,7 @@ class Warden:
     ) -> None:
         """Kill a host, name the offender, and give the others a new one."""
         if link.process.exit_code() is None:
-            stack = await link.process.stack()
+            stack = await link.process.stack() or (offender.stack if offender else "")
         else:
             stack = link.process.last_words()
         await link.end()

@@ -76,6 +76,7 @@ class HostPool:
         epoch: Fencing epoch of this start; stands in every context a host saves.
         successes: How often a task of the desk itself has succeeded, for hosted tasks that come
             after it; None for a task that will not run again.
+        idle_priority: False lets hosts compete with the desk: for tests on a busy machine.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class HostPool:
         max_concurrent: int = 1000,
         log_level: str = "info",
         successes: Callable[[str], int | None] = lambda task_id: None,
+        idle_priority: bool = True,
     ) -> None:
         self._clock = clock
         self._callbacks = callbacks
@@ -119,6 +121,7 @@ class HostPool:
             place=self._place,
             on_look=self._on_look,
             on_routes=self._routes.clear,
+            is_idle=idle_priority,
         )
 
     # --- life ------------------------------------------------------------------------------------
@@ -281,12 +284,11 @@ class HostPool:
             hosted.change(status=status)
 
     def _revive(self, hosted: Hosted) -> None:
-        if hosted.status == "completed":
-            self._place(hosted)
-        elif hosted.offences:
+        hosted.leave()
+        hosted.change(status="")
+        if hosted.status == "quarantined" and hosted.offences:
             self._warden.isolate(hosted)
         else:
-            hosted.change(status="")
             self._place(hosted)
         self._callbacks.on_health_changed(hosted.id, hosted.health())
 
@@ -429,7 +431,9 @@ class HostPool:
         hosted = self._tasks.get(frame.health.task_id)
         if hosted is not None:
             hosted.report = msgspec.Raw(encode(frame.health))
+            hosted.link = None
             hosted.rest("completed", frame.health.why)
+            self._leave(link, hosted.id)
             self._callbacks.on_finished(hosted.id)
 
     def _on_refused(self, link: HostLink, frame: Refused) -> None:

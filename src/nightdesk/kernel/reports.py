@@ -41,6 +41,8 @@ class Reports:
     def health(self, entry: Entry) -> TaskHealth:
         registration = entry.registration
         wall, monotonic = self._clock.now_ns(), self._clock.monotonic_ns()
+        due = _next_run_ns(entry, wall, monotonic)
+        p50, p99 = _quantiles(entry.durations, 0.5, 0.99)
         return TaskHealth(
             task_id=entry.id,
             type=registration.type,
@@ -48,30 +50,33 @@ class Reports:
             group=registration.group,
             runs_in=self._place,
             status=_status(entry),
-            why=self.words(entry),
+            why=self._words(entry, due, wall, monotonic),
             runs=entry.runs,
             errors=entry.errors,
             restarts=entry.restarts,
             overruns=entry.overruns,
             missed=entry.missed,
             last_run_ns=wall - (monotonic - entry.started_ns) if entry.runs else 0,
-            next_run_ns=_next_run_ns(entry, wall, monotonic),
+            next_run_ns=due,
             last_error=entry.last_error,
-            lag_p99_s=_quantile(entry.lags, 0.99),
-            duration_p50_s=_quantile(entry.durations, 0.5),
-            duration_p99_s=_quantile(entry.durations, 0.99),
+            lag_p99_s=_quantiles(entry.lags, 0.99)[0],
+            duration_p50_s=p50,
+            duration_p99_s=p99,
         )
 
     def words(self, entry: Entry) -> str:
         """Return when the task runs next, or why it does not."""
         wall, monotonic = self._clock.now_ns(), self._clock.monotonic_ns()
+        due = _next_run_ns(entry, wall, monotonic)
+        return self._words(entry, due, wall, monotonic)
+
+    def _words(self, entry: Entry, due: int, wall: int, monotonic: int) -> str:
         if entry.mode == "quarantined":
             return f"quarantined: {entry.why}{_ADVICE} {entry.id}` runs it again"
         if entry.mode not in ("active", "backoff"):
             return f"{entry.mode}: {entry.why}" if entry.why else entry.mode
         if entry.stage is not Stage.IDLE:
             return self._words_of_stage(entry, monotonic)
-        due = _next_run_ns(entry, wall, monotonic)
         if entry.mode == "backoff":
             return f"{entry.last_error}; restart {_how_soon(due, wall, 'UTC')}"
         timezone = entry.trigger.timezone
@@ -80,8 +85,10 @@ class Reports:
                 return "paused: its market opens no more"
             return f"paused until {instant_in_words(due, wall, timezone)}"
         soon = _how_soon(due, wall, timezone) if due else ""
-        events = f"on {', '.join(entry.trigger.events)}" if entry.trigger.events else ""
-        return " or ".join(filter(None, (soon, events))) or "when it is woken"
+        if entry.trigger.events:
+            events = f"on {', '.join(entry.trigger.events)}"
+            return f"{soon} or {events}" if soon else events
+        return soon or "when it is woken"
 
     def _words_of_stage(self, entry: Entry, monotonic: int) -> str:
         if entry.stage is Stage.RUNNING:
@@ -126,8 +133,12 @@ def _how_soon(due_ns: int, now_ns: int, timezone: str) -> str:
     return instant_in_words(due_ns, now_ns, timezone)
 
 
-def _quantile(values: "array[int] | None", share: float) -> float:
+def _quantiles(values: "array[int] | None", *shares: float) -> list[float]:
+    """Return the values in seconds beneath which these shares of `values` lie."""
     if not values:
-        return 0.0
+        return [0.0] * len(shares)
     ordered = sorted(values)
-    return max(0, ordered[min(len(ordered) - 1, int(share * len(ordered)))]) / 1e9
+    last = len(ordered) - 1
+    return [
+        max(0, ordered[min(last, int(share * len(ordered)))]) / 1e9 for share in shares
+    ]

@@ -47,7 +47,7 @@ from nightdesk.model.schedule import Schedule
 __all__ = ["Scheduler"]
 
 _SECOND_NS = 1_000_000_000
-_BLOCKED_NS = 50 * MS_NS
+_BLOCKED_NS = 250 * MS_NS  # R-24; less may be the machine's doing
 _REMEMBERED = 64  # runs of one task that its figures are taken from
 
 _IDLE, _HELD, _RUNNING = Stage.IDLE, Stage.HELD, Stage.RUNNING
@@ -253,8 +253,12 @@ class Scheduler:
     def _connect(self, entry: Entry) -> None:
         """Introduce a new entry to its market and to the tasks it comes after."""
         session = self._sessions.join(entry)
-        if session is not None and session.change_ns:
-            self._walls.insert(session, session.change_ns)
+        if session is not None:
+            if session.change_ns:
+                self._walls.insert(session, session.change_ns)
+            warning = session.calendar.warning(self._clock.now_ns())
+            if warning is not None:
+                _log.warning("%s", warning)
         self._dependencies.connect(entry)
 
     def _unlisten(self, entry: Entry) -> None:

@@ -70,7 +70,9 @@ def load_config(
     problems = Problems(str(file))
     tree = read_file(file, problems)
     overlay_environment(tree, environment or {}, problems, SECTIONS)
-    overlay_flags(tree, flags or {}, lambda key: _FLAGS.get(key, f"--{key.replace('_', '-')}"))
+    overlay_flags(
+        tree, flags or {}, lambda key: _FLAGS.get(key, f"--{key.replace('_', '-')}")
+    )
     return check(tree, problems, _search_path(tree, file))
 
 
@@ -83,7 +85,9 @@ def _search_path(tree: Tree, file: Path) -> str:
     return str(file.parent)
 
 
-def check_config(path: str | Path | None = None, environment: Mapping[str, str] | None = None) -> list[str]:
+def check_config(
+    path: str | Path | None = None, environment: Mapping[str, str] | None = None
+) -> list[str]:
     """Return what is wrong or doubtful in a configuration, one line each, without starting anything.
 
     Lines that begin with `warning:` keep nothing from running.
@@ -98,17 +102,25 @@ def check_config(path: str | Path | None = None, environment: Mapping[str, str] 
 def _doubts(config: Config) -> list[str]:
     doubts = []
     if not [entry for entry in config.tasks if entry.enabled]:
-        doubts.append("no task is enabled, so `nightdesk run` would refuse to start (exit code 3). Add one under `tasks:`.")
+        doubts.append(
+            "no task is enabled, so `nightdesk run` would refuse to start (exit code 3). Add one under `tasks:`."
+        )
     if not config.sources:
         doubts.append("`sources` lists nothing, so no price would ever arrive.")
     if config.state.store == "memory":
         doubts.append("`state.store: memory` forgets everything when the desk stops.")
     if config.risk.max_daily_loss is None:
         doubts.append("`risk.max_daily_loss` is not set: nothing stops a losing day.")
-    listed = {each.get("symbol") for venue in config.venues for each in venue.options.get("instruments", ())}
+    listed = {
+        each.get("symbol")
+        for venue in config.venues
+        for each in venue.options.get("instruments", ())
+    }
     strange = [symbol for symbol in config.risk.allowed_symbols if symbol not in listed]
     if strange and listed:
-        doubts.append(f"`risk.allowed_symbols` names {', '.join(strange)}, which no venue lists.")
+        doubts.append(
+            f"`risk.allowed_symbols` names {', '.join(strange)}, which no venue lists."
+        )
     silent = [entry.id for entry in config.tasks if not entry.enabled]
     if silent:
         doubts.append(f"disabled: {', '.join(silent)}.")
@@ -117,7 +129,11 @@ def _doubts(config: Config) -> list[str]:
 
 def sample_config() -> str:
     """Return the commented configuration that `nightdesk new-config` writes."""
-    return resources.files("nightdesk.cli").joinpath("templates/desk.yaml").read_text(encoding="utf-8")
+    return (
+        resources.files("nightdesk.cli")
+        .joinpath("templates/desk.yaml")
+        .read_text(encoding="utf-8")
+    )
 
 
 def secrets_of(config: Config) -> list[str]:

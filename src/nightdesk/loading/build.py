@@ -24,26 +24,34 @@ from nightdesk.model.schedule import Schedule
 __all__ = ["adjustments", "function_cycle", "make_context"]
 
 
-def make_context(kind: type[Task[Any]], entry: TaskEntry, config: Config) -> TaskContext:
+def make_context(
+    kind: type[Task[Any]], entry: TaskEntry, config: Config
+) -> TaskContext:
     """Return the first context of a task, from its parameters.
 
     Raises:
         ConfigError: Names every parameter that cannot be used.
     """
     known = parameters.of_task(kind)
-    missing = [name for name, p in known.items() if p.required and name not in entry.params]
+    missing = [
+        name for name, p in known.items() if p.required and name not in entry.params
+    ]
     problems = [f"needs the parameter `{name}`." for name in missing]
     values: dict[str, Any] = {}
     for name, value in entry.params.items():
         if name not in known:
-            problems.append(f"no parameter `{name}`; {entry.type} knows {', '.join(known)}.")
+            problems.append(
+                f"no parameter `{name}`; {entry.type} knows {', '.join(known)}."
+            )
         elif isinstance(value, msgspec.Struct):
             values[name] = value  # a program may hand over ready values
         else:
             try:
                 values[name] = convert(value, known[name].hint, name)
             except ValueError as error:
-                problems.append(f"`{name}` is {shown((name,), value)}, expected {error}.")
+                problems.append(
+                    f"`{name}` is {shown((name,), value)}, expected {error}."
+                )
     where = f"{config.source_file}: task {entry.id!r}"
     if problems:
         raise ConfigError(where, problems)
@@ -64,27 +72,45 @@ def function_cycle(
     """
     takes_desk, arguments = _call_plan(function, dict(params or {}))
     handle = (desk,) if takes_desk else ()
-    in_thread = not takes_desk and inspect.isfunction(function) and not inspect.iscoroutinefunction(function)
+    in_thread = (
+        not takes_desk
+        and inspect.isfunction(function)
+        and not inspect.iscoroutinefunction(function)
+    )
 
     async def cycle() -> float | None:
-        result = await asyncio.to_thread(function, **arguments) if in_thread else function(*handle, **arguments)
+        result = (
+            await asyncio.to_thread(function, **arguments)
+            if in_thread
+            else function(*handle, **arguments)
+        )
         if inspect.isawaitable(result):
             result = await result
-        return result if isinstance(result, (int, float)) and not isinstance(result, bool) else None
+        return (
+            result
+            if isinstance(result, (int, float)) and not isinstance(result, bool)
+            else None
+        )
 
     return cycle
 
 
-def _call_plan(function: Callable[..., Any], params: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+def _call_plan(
+    function: Callable[..., Any], params: dict[str, Any]
+) -> tuple[bool, dict[str, Any]]:
     try:
         accepted = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a builtin without a signature
         return False, params
-    positional = [p for p in accepted if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    positional = [
+        p for p in accepted if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     if not positional:
         return False, params
     first = positional[0]
-    return first.name == "desk" or (first.default is first.empty and first.name not in params), params
+    return first.name == "desk" or (
+        first.default is first.empty and first.name not in params
+    ), params
 
 
 def adjustments(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +133,9 @@ def adjustments(changes: Mapping[str, Any]) -> dict[str, Any]:
             elif key == "priority":
                 found["priority"] = Priority.parse(value)
             else:
-                raise CommandError(f"nothing called {name!r} can be adjusted: expected every, priority or timeout")
+                raise CommandError(
+                    f"nothing called {name!r} can be adjusted: expected every, priority or timeout"
+                )
         except ValueError as error:
             raise CommandError(f"{name} is {value!r}, expected {error}") from None
     return found

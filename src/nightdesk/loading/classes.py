@@ -38,7 +38,9 @@ def catalog(kind: str) -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in (_PACKAGE / f"{kind}s").glob("[!_]*.py")))
 
 
-def load_class(kind: str, name: str, search_path: str = ".", where: str = "desk.yaml") -> type:
+def load_class(
+    kind: str, name: str, search_path: str = ".", where: str = "desk.yaml"
+) -> type:
     """Return the class that `type: name` means.
 
     Args:
@@ -53,7 +55,9 @@ def load_class(kind: str, name: str, search_path: str = ".", where: str = "desk.
     """
     found = load_function_or_class(kind, name, search_path, where)
     if not isinstance(found, type):
-        raise ConfigError(where, [f"{name!r} is a function; only tasks may be functions."])
+        raise ConfigError(
+            where, [f"{name!r} is a function; only tasks may be functions."]
+        )
     return found
 
 
@@ -74,7 +78,9 @@ def load_function_or_class(kind: str, name: str, search_path: str, where: str) -
         raise UnknownTypeError(kind, name, catalog(kind), where)
     module = importlib.import_module(f"nightdesk.{kind}s.{name}")
     found = _classes(module, KINDS[kind])
-    assert len(found) == 1, f"{module.__name__} must define exactly one {kind}, found {found}"
+    assert len(found) == 1, (
+        f"{module.__name__} must define exactly one {kind}, found {found}"
+    )
     return found[0]
 
 
@@ -92,7 +98,12 @@ def _classes(module: ModuleType, contract: type) -> list[type]:
 def _users_own(kind: str, name: str, search_path: str, where: str) -> Any:
     contract = KINDS[kind]
     if not all(part.isidentifier() for part in name.split(".")):
-        raise ConfigError(where, [f"{name!r} is no dotted name. Write it as in `import`: `my_desk.grid_task`."])
+        raise ConfigError(
+            where,
+            [
+                f"{name!r} is no dotted name. Write it as in `import`: `my_desk.grid_task`."
+            ],
+        )
     with _importable(search_path):
         module = _import(name, where, search_path)
         if module is not None:
@@ -100,14 +111,21 @@ def _users_own(kind: str, name: str, search_path: str, where: str) -> Any:
             if len(found) == 1:
                 return found[0]
             names = ", ".join(c.__name__ for c in found) or f"no {contract.__name__}"
-            raise ConfigError(where, [f"module {name!r} defines {names}; name one of them: `type: {name}.NAME`."])
+            raise ConfigError(
+                where,
+                [
+                    f"module {name!r} defines {names}; name one of them: `type: {name}.NAME`."
+                ],
+            )
         parent, _, attribute = name.rpartition(".")
         module = _import(parent, where, search_path)
     if module is None:
         top = name.split(".")[0]
         raise ConfigError(
             where,
-            [f"no module {parent!r} for {name!r}. Put `{top}.py` or a folder `{top}` into {Path(search_path).resolve()}."],
+            [
+                f"no module {parent!r} for {name!r}. Put `{top}.py` or a folder `{top}` into {Path(search_path).resolve()}."
+            ],
         )
     value = getattr(module, attribute, None)
     if isinstance(value, type) and issubclass(value, contract):
@@ -116,8 +134,16 @@ def _users_own(kind: str, name: str, search_path: str, where: str) -> Any:
         return _checked(value, name, where)
     known = [c.__name__ for c in _classes(module, contract)]
     if kind == "task":
-        known += [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
-    hint = f"It has {', '.join(known)}." if known else f"It has no {contract.__name__} at all."
+        known += [
+            n
+            for n, v in vars(module).items()
+            if inspect.isfunction(v) and v.__module__ == module.__name__
+        ]
+    hint = (
+        f"It has {', '.join(known)}."
+        if known
+        else f"It has no {contract.__name__} at all."
+    )
     raise ConfigError(where, [f"module {parent!r} has no {kind} {attribute!r}. {hint}"])
 
 
@@ -126,11 +152,15 @@ def _checked(function: Callable[..., Any], name: str, where: str) -> Callable[..
     required = [
         p.name
         for p in inspect.signature(function).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     if len(required) > 1:
         raise ConfigError(
-            where, [f"function {name!r} wants {', '.join(required)}; a task function takes at most `desk` by position."]
+            where,
+            [
+                f"function {name!r} wants {', '.join(required)}; a task function takes at most `desk` by position."
+            ],
         )
     return function
 
@@ -156,7 +186,9 @@ def _import(name: str, where: str, search_path: str) -> ModuleType | None:
         raise _import_error(name, where, search_path, error) from error
     except SyntaxError as error:
         place = f"{error.filename}, line {error.lineno}"
-        raise ConfigError(where, [f"{name!r} cannot be imported: {place}: {error.msg}."]) from error
+        raise ConfigError(
+            where, [f"{name!r} cannot be imported: {place}: {error.msg}."]
+        ) from error
     except (KeyboardInterrupt, SystemExit, GeneratorExit) as error:
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -165,11 +197,15 @@ def _import(name: str, where: str, search_path: str) -> ModuleType | None:
         raise _import_error(name, where, search_path, error) from error
 
 
-def _import_error(name: str, where: str, search_path: str, error: BaseException) -> ConfigError:
+def _import_error(
+    name: str, where: str, search_path: str, error: BaseException
+) -> ConfigError:
     root = str(Path(search_path).resolve())
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if f.filename.startswith(root)] or frames[-1:]
     return ConfigError(
         where,
-        [f"{name!r} cannot be imported: {own[-1].filename}, line {own[-1].lineno}: {type(error).__name__}: {error}."],
+        [
+            f"{name!r} cannot be imported: {own[-1].filename}, line {own[-1].lineno}: {type(error).__name__}: {error}."
+        ],
     )

@@ -19,14 +19,29 @@ from nightdesk.loading.words import type_words
 
 __all__ = ["convert", "duration_s", "settle"]
 
-_DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s|sec|m|min|h|d)\s*\Z", re.IGNORECASE)
+_DURATION = re.compile(
+    r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s|sec|m|min|h|d)\s*\Z", re.IGNORECASE
+)
 _LISTS = (tuple, list, frozenset, set, Sequence)
-_UNITS = {"us": "0.000001", "ms": "0.001", "s": "1", "sec": "1", "m": "60", "min": "60", "h": "3600", "d": "86400"}
+_UNITS = {
+    "us": "0.000001",
+    "ms": "0.001",
+    "s": "1",
+    "sec": "1",
+    "m": "60",
+    "min": "60",
+    "h": "3600",
+    "d": "86400",
+}
 
 
 def duration_s(value: Any) -> Any:
     """Return `"5m"` as 300; what is no such text is returned as it is."""
-    found = _DURATION.match(value) if isinstance(value, str) and len(value) <= MAX_DIGITS else None
+    found = (
+        _DURATION.match(value)
+        if isinstance(value, str) and len(value) <= MAX_DIGITS
+        else None
+    )
     if found is None:
         return value
     seconds = Decimal(found[1]) * Decimal(_UNITS[found[2].lower()])
@@ -53,7 +68,9 @@ def convert(value: Any, hint: Any, key: str = "") -> Any:
             return result
         detail = ""
     where = re.search(r"at `\$(.+)`", detail)
-    raise ValueError(f"{expected} ({_inner(detail)} at `{where[1]}`)" if where else expected)
+    raise ValueError(
+        f"{expected} ({_inner(detail)} at `{where[1]}`)" if where else expected
+    )
 
 
 def _as_text_type(hint: Any) -> Any:
@@ -80,7 +97,9 @@ def settle(value: Any) -> Any:
 
 def _inner(detail: str) -> str:
     """msgspec's words about a value inside a list or mapping, without the value itself."""
-    return re.sub(r"Invalid enum value .*", "no such name", detail.split(" - at ")[0]).replace("`", "")
+    return re.sub(
+        r"Invalid enum value .*", "no such name", detail.split(" - at ")[0]
+    ).replace("`", "")
 
 
 def _readings(value: Any, hint: Any, key: str) -> list[Any]:
@@ -88,7 +107,9 @@ def _readings(value: Any, hint: Any, key: str) -> list[Any]:
         text = str(value)
         readings = [plain_scalar(text), text]
         if get_origin(hint) in _LISTS:
-            readings.insert(0, [part.strip() for part in text.split(",") if part.strip()])
+            readings.insert(
+                0, [part.strip() for part in text.split(",") if part.strip()]
+            )
         return [_reading(reading, hint, key) for reading in readings]
     return [_reading(value, hint, key)]
 
@@ -110,7 +131,9 @@ def _reading(value: Any, hint: Any, key: str) -> Any:
 
 def _member(value: str, hint: Any) -> str:
     """Return the spelling that the enumeration itself has."""
-    for kind in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
+    for kind in (
+        get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    ):
         if get_origin(kind) is Literal:
             known = [a for a in get_args(kind) if isinstance(a, str)]
         elif isinstance(kind, type) and issubclass(kind, Enum):

@@ -17,13 +17,25 @@ from nightdesk.exchange.options import PaperOptions
 from nightdesk.model.context import TaskContext
 from nightdesk.model.instrument import Instrument
 
-__all__ = ["INJECTED", "Parameter", "of_callable", "of_part", "of_struct", "of_task", "struct_in", "values_of"]
+__all__ = [
+    "INJECTED",
+    "Parameter",
+    "of_callable",
+    "of_part",
+    "of_struct",
+    "of_task",
+    "struct_in",
+    "values_of",
+]
 
 INJECTED = frozenset({"self", "name", "clock", "directory", "on_failure", "desk"})
 """What the desk itself hands to a class or function; never a key of `desk.yaml`."""
 
 Shape = Literal["one", "list", "mapping"]
-_OWN = frozenset(f.name for f in msgspec.structs.fields(TaskContext)) - {"metadata", "should_save_flag"}
+_OWN = frozenset(f.name for f in msgspec.structs.fields(TaskContext)) - {
+    "metadata",
+    "should_save_flag",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +63,14 @@ def of_callable(target: Callable[..., Any]) -> tuple[dict[str, Parameter], bool]
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             open_ended = True
-        elif parameter.kind is not parameter.VAR_POSITIONAL and parameter.name not in INJECTED:
+        elif (
+            parameter.kind is not parameter.VAR_POSITIONAL
+            and parameter.name not in INJECTED
+        ):
             found[parameter.name] = Parameter(
-                parameter.name, hints.get(parameter.name, Any), parameter.default is parameter.empty
+                parameter.name,
+                hints.get(parameter.name, Any),
+                parameter.default is parameter.empty,
             )
     return found, open_ended
 
@@ -64,10 +81,14 @@ def of_part(kind: type, type_name: str) -> tuple[dict[str, Parameter], bool]:
         return of_callable(kind)
     # The paper venue may live in a process of its own, so its keys are a struct and not its keywords.
     known = of_struct(PaperOptions)
-    return known | {"instruments": Parameter("instruments", list[Instrument], required=True)}, False
+    return known | {
+        "instruments": Parameter("instruments", list[Instrument], required=True)
+    }, False
 
 
-def of_struct(shape: type[msgspec.Struct], but: frozenset[str] = frozenset()) -> dict[str, Parameter]:
+def of_struct(
+    shape: type[msgspec.Struct], but: frozenset[str] = frozenset()
+) -> dict[str, Parameter]:
     """Return the fields of a struct as keys."""
     return {
         field.name: Parameter(field.name, field.type, field.required)
@@ -98,7 +119,13 @@ def values_of(hint: Any) -> Any:
     """Return the type of the values of a mapping by text, or None if `hint` is something else."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return next((found for found in map(values_of, arguments) if found is not None), None)
-    if isinstance(origin, type) and issubclass(origin, Mapping) and arguments[:1] == (str,):
+        return next(
+            (found for found in map(values_of, arguments) if found is not None), None
+        )
+    if (
+        isinstance(origin, type)
+        and issubclass(origin, Mapping)
+        and arguments[:1] == (str,)
+    ):
         return None if arguments[1] is Any else arguments[1]
     return None

@@ -18,8 +18,15 @@ from nightdesk.model.schedule import Schedule
 
 __all__ = ["SCHEDULE_KEYS", "read_schedule"]
 
-_SHORT = {"every": "every_s", "open": "open_s", "closed": "closed_s", "jitter": "jitter_s"}
-_FIELDS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Schedule)}
+_SHORT = {
+    "every": "every_s",
+    "open": "open_s",
+    "closed": "closed_s",
+    "jitter": "jitter_s",
+}
+_FIELDS: dict[str, Any] = {
+    field.name: field.type for field in msgspec.structs.fields(Schedule)
+}
 SCHEDULE_KEYS = (
     "schedule", "every", "cron", "at", "once", "continuous", "on", "calendar", "open", "closed", "jitter", "timezone",
 )  # fmt: skip
@@ -30,7 +37,9 @@ Wrong = Callable[..., None]
 Unknown = Callable[..., None]
 
 
-def read_schedule(item: Mapping[str, Any], path: Key, wrong: Wrong, unknown: Unknown) -> Schedule | None:
+def read_schedule(
+    item: Mapping[str, Any], path: Key, wrong: Wrong, unknown: Unknown
+) -> Schedule | None:
     """Return the schedule of one task, or None if it names none; problems go to `wrong` and `unknown`."""
     given: dict[str, tuple[Key, Any]] = {}
     section = item.get("schedule")
@@ -64,12 +73,24 @@ def _check(found: dict[str, Any], places: dict[str, Key], wrong: Wrong) -> None:
     sessions = [name for name in ("open_s", "closed_s") if found.get(name) is not None]
     if len(triggers) > 1:
         names = " and ".join(name.removesuffix("_s") for name in triggers)
-        wrong(places[triggers[1]], found[triggers[1]], f"one trigger, but here are {names}")
+        wrong(
+            places[triggers[1]],
+            found[triggers[1]],
+            f"one trigger, but here are {names}",
+        )
     elif not triggers and not sessions:
         here = next(iter(places.values()))
-        wrong(here, found[next(iter(found))], "a trigger beside it: every, cron, at, once, continuous, on, or open and closed")
+        wrong(
+            here,
+            found[next(iter(found))],
+            "a trigger beside it: every, cron, at, once, continuous, on, or open and closed",
+        )
     if found.get("every_s") == 0:
-        wrong(places["every_s"], 0, "more than 0; `continuous: true` runs whenever there is spare time")
+        wrong(
+            places["every_s"],
+            0,
+            "more than 0; `continuous: true` runs whenever there is spare time",
+        )
     for name in sessions:
         if found[name] == 0:
             wrong(places[name], 0, "more than 0, or `pause`")
@@ -80,16 +101,31 @@ def _check_names(found: dict[str, Any], places: dict[str, Key], wrong: Wrong) ->
     for name in found.get("on", ()):
         if name not in _EVENTS:
             near = nearest(name, _EVENTS)
-            wrong(places["on"], name, "the name of an event", f" Did you mean {near!r}?" if near else f" Known: {', '.join(_EVENTS)}.")
+            wrong(
+                places["on"],
+                name,
+                "the name of an event",
+                f" Did you mean {near!r}?"
+                if near
+                else f" Known: {', '.join(_EVENTS)}.",
+            )
     if "timezone" in found:
         try:
             ZoneInfo(found["timezone"])
         except (ZoneInfoNotFoundError, ValueError, OSError):
-            wrong(places["timezone"], found["timezone"], "an IANA time zone such as UTC or Asia/Kolkata")
+            wrong(
+                places["timezone"],
+                found["timezone"],
+                "an IANA time zone such as UTC or Asia/Kolkata",
+            )
     if found.get("cron"):
         _check_cron(found["cron"], places["cron"], wrong)
     if found.get("at") and not _is_time(found["at"]):
-        wrong(places["at"], found["at"], "HH:MM, HH:MM:SS or an ISO instant such as 2030-01-31T09:15:00Z")
+        wrong(
+            places["at"],
+            found["at"],
+            "HH:MM, HH:MM:SS or an ISO instant such as 2030-01-31T09:15:00Z",
+        )
 
 
 def _check_cron(text: str, place: Key, wrong: Wrong) -> None:
@@ -100,7 +136,11 @@ def _check_cron(text: str, place: Key, wrong: Wrong) -> None:
     try:
         CronSim(text, datetime(2024, 1, 1, tzinfo=UTC))
     except CronSimError as error:
-        wrong(place, text, f"five or six cron fields such as `*/5 9-15 * * mon-fri` ({error})")
+        wrong(
+            place,
+            text,
+            f"five or six cron fields such as `*/5 9-15 * * mon-fri` ({error})",
+        )
 
 
 def _is_time(text: str) -> bool:

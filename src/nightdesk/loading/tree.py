@@ -83,13 +83,19 @@ class Problems:
 
     def lines(self) -> list[str]:
         """Return one line per problem, each beginning with its place."""
-        ordered = sorted(self._found, key=lambda item: (item[0].origin != self.origin, item[0].line or 0))
+        ordered = sorted(
+            self._found,
+            key=lambda item: (item[0].origin != self.origin, item[0].line or 0),
+        )
         return [f"{place.origin}: {_at(place)}{text}" for place, text in ordered]
 
     def error(self) -> ConfigError:
         """Return them as one exception."""
         if all(place.origin == self.origin for place, _ in self._found):
-            return ConfigError(self.origin, [line.removeprefix(f"{self.origin}: ") for line in self.lines()])
+            return ConfigError(
+                self.origin,
+                [line.removeprefix(f"{self.origin}: ") for line in self.lines()],
+            )
         return ConfigError("configuration", self.lines())
 
 
@@ -151,21 +157,33 @@ def read_file(path: Path, problems: Problems) -> Tree:
     except FileNotFoundError:
         raise ConfigError(origin, [_missing(path)]) from None
     except IsADirectoryError:
-        raise ConfigError(origin, ["is a directory, expected a YAML file. Name the file inside it."]) from None
+        raise ConfigError(
+            origin, ["is a directory, expected a YAML file. Name the file inside it."]
+        ) from None
     except OSError as error:
-        raise ConfigError(origin, [f"cannot be read: {error.strerror}. Check its owner and permissions."]) from None
+        raise ConfigError(
+            origin,
+            [f"cannot be read: {error.strerror}. Check its owner and permissions."],
+        ) from None
     if len(data) > MAX_BYTES:
-        raise ConfigError(origin, [f"is larger than {MAX_BYTES // 1024} KiB, expected a desk, not its data."])
+        raise ConfigError(
+            origin,
+            [f"is larger than {MAX_BYTES // 1024} KiB, expected a desk, not its data."],
+        )
     try:
         return parse_yaml(data.decode("utf-8-sig"), problems)
     except UnicodeDecodeError as error:
-        raise ConfigError(origin, [f"byte {error.start} is no UTF-8. Save the file as UTF-8 text."]) from None
+        raise ConfigError(
+            origin, [f"byte {error.start} is no UTF-8. Save the file as UTF-8 text."]
+        ) from None
 
 
 def _missing(path: Path) -> str:
     if path.name in ("arbitrum", "base", "polygon"):
         return f"no such file. `-c` names the configuration here; chains are `--chain {path.name}`."
-    return "no such file. Write one with `nightdesk new-config`, or try `nightdesk demo`."
+    return (
+        "no such file. Write one with `nightdesk new-config`, or try `nightdesk demo`."
+    )
 
 
 def parse_yaml(text: str, problems: Problems) -> Tree:
@@ -180,20 +198,34 @@ def parse_yaml(text: str, problems: Problems) -> Tree:
         # The library's own text quotes the lines around the error, which may hold a secret.
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-        problems.add(Place(problems.origin, line), f"no valid YAML: {_harmless(error.problem)}.")
+        problems.add(
+            Place(problems.origin, line), f"no valid YAML: {_harmless(error.problem)}."
+        )
         raise problems.error() from None
     except yaml.YAMLError as error:
-        where = f" at character {error.position}" if isinstance(error, yaml.reader.ReaderError) else ""
-        problems.add(Place(problems.origin), f"no valid YAML: a character that text may not hold{where}.")
+        where = (
+            f" at character {error.position}"
+            if isinstance(error, yaml.reader.ReaderError)
+            else ""
+        )
+        problems.add(
+            Place(problems.origin),
+            f"no valid YAML: a character that text may not hold{where}.",
+        )
         raise problems.error() from None
     except RecursionError:
-        problems.add(Place(problems.origin), f"is nested deeper than {MAX_DEPTH} levels.")
+        problems.add(
+            Place(problems.origin), f"is nested deeper than {MAX_DEPTH} levels."
+        )
         raise problems.error() from None
     tree = Tree(origin=problems.origin)
     if node is None:
         return tree
     if not isinstance(node, yaml.MappingNode):
-        problems.add(Place(problems.origin, node.start_mark.line + 1), "expected keys such as `tasks:` here.")
+        problems.add(
+            Place(problems.origin, node.start_mark.line + 1),
+            "expected keys such as `tasks:` here.",
+        )
         raise problems.error()
     tree.value = _Builder(tree, problems).mapping(node, (), 0)
     return tree
@@ -218,7 +250,9 @@ class _Builder:
         for key_node, value_node in node.value:
             place = self._place(key_node)
             if not isinstance(key_node, yaml.ScalarNode):
-                self._problems.add(place, f"`{path_text(path)}` has a key that is no plain word.")
+                self._problems.add(
+                    place, f"`{path_text(path)}` has a key that is no plain word."
+                )
                 continue
             if key_node.tag == f"{_CORE_TAG}merge":
                 merged.update(self._merge(value_node, path, depth))
@@ -227,7 +261,10 @@ class _Builder:
             here = (*path, key)
             if key in found:
                 first = self._tree.places[here].line
-                self._problems.add(place, f"`{path_text(here)}` stands here a second time; the first is in line {first}.")
+                self._problems.add(
+                    place,
+                    f"`{path_text(here)}` stands here a second time; the first is in line {first}.",
+                )
                 continue
             self._tree.places[here] = place
             found[key] = self.value(value_node, here, depth + 1)
@@ -243,14 +280,23 @@ class _Builder:
             if isinstance(part, yaml.MappingNode):
                 merged.update(self.mapping(part, (*path, "<<"), depth + 1))
             else:
-                self._problems.add(self._place(part), "`<<` expects the alias of a mapping.")
+                self._problems.add(
+                    self._place(part), "`<<` expects the alias of a mapping."
+                )
         return merged
 
     def value(self, node: yaml.Node, path: Key, depth: int) -> Any:
         self._nodes += 1
         if self._nodes > MAX_NODES or depth > MAX_DEPTH:
-            bound = f"{MAX_NODES} values" if self._nodes > MAX_NODES else f"{MAX_DEPTH} levels"
-            self._problems.add(Place(self._problems.origin), f"holds more than {bound} once its aliases are followed.")
+            bound = (
+                f"{MAX_NODES} values"
+                if self._nodes > MAX_NODES
+                else f"{MAX_DEPTH} levels"
+            )
+            self._problems.add(
+                Place(self._problems.origin),
+                f"holds more than {bound} once its aliases are followed.",
+            )
             raise self._problems.error()
         if isinstance(node, yaml.MappingNode) and self._allowed(node, "map"):
             return self.mapping(node, path, depth)
@@ -265,7 +311,9 @@ class _Builder:
     def _allowed(self, node: yaml.Node, kind: str) -> bool:
         if node.tag == f"{_CORE_TAG}{kind}":
             return True
-        self._problems.add(self._place(node), "has a YAML tag (`!...`); only plain values are read.")
+        self._problems.add(
+            self._place(node), "has a YAML tag (`!...`); only plain values are read."
+        )
         return False
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
@@ -295,17 +343,28 @@ def plain_scalar(text: str) -> Any:
 # --- environment and flags ----------------------------------------------------------------------------
 
 
-def overlay_environment(tree: Tree, environment: Mapping[str, str], problems: Problems, sections: Iterable[str]) -> None:
+def overlay_environment(
+    tree: Tree,
+    environment: Mapping[str, str],
+    problems: Problems,
+    sections: Iterable[str],
+) -> None:
     """Put every `NIGHTDESK__SECTION__KEY` over the file. Entries of lists are named by their name or id."""
     known = list(sections)
     for name in sorted(environment):
         if not name.startswith(ENVIRONMENT_PREFIX):
             continue
         place = Place(f"environment variable {name}")
-        parts = [part.lower() for part in name.removeprefix(ENVIRONMENT_PREFIX).split("__")]
+        parts = [
+            part.lower() for part in name.removeprefix(ENVIRONMENT_PREFIX).split("__")
+        ]
         if parts[0] not in known:
             near = nearest(parts[0], known)
-            hint = f" Did you mean {ENVIRONMENT_PREFIX}{near.upper()}?" if near else f" Known: {', '.join(known)}."
+            hint = (
+                f" Did you mean {ENVIRONMENT_PREFIX}{near.upper()}?"
+                if near
+                else f" Known: {', '.join(known)}."
+            )
             problems.add(place, f"no section {parts[0]!r}.{hint}")
             continue
         path = _walk(tree, parts, place, problems)
@@ -321,7 +380,10 @@ def _walk(tree: Tree, parts: list[str], place: Place, problems: Problems) -> Key
             names = [_entry_name(item) for item in node]
             if part not in names:
                 known = ", ".join(filter(None, names)) or "nothing"
-                problems.add(place, f"`{path_text(tuple(path))}` has no entry {part!r}; it has {known}.")
+                problems.add(
+                    place,
+                    f"`{path_text(tuple(path))}` has no entry {part!r}; it has {known}.",
+                )
                 return None
             index = names.index(part)
             path.append(index)
@@ -349,7 +411,9 @@ def _environment_value(text: str) -> Any:
     return RawText(text)
 
 
-def overlay_flags(tree: Tree, flags: Mapping[str, Any], name_of: Callable[[str], str]) -> None:
+def overlay_flags(
+    tree: Tree, flags: Mapping[str, Any], name_of: Callable[[str], str]
+) -> None:
     """Put flags over everything; a key is a path such as `state.directory`, None means not given."""
     for path, value in flags.items():
         if value is not None:

@@ -15,7 +15,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 __all__ = ["is_secret", "nearest", "shown", "type_words"]
 
-_SECRET = re.compile(r"secret|passw|passphrase|token|key|credential|mnemonic|private", re.IGNORECASE)
+_SECRET = re.compile(
+    r"secret|passw|passphrase|token|key|credential|mnemonic|private", re.IGNORECASE
+)
 _PASSWORD_IN_URL = re.compile(r"(//[^/@\s]*?:)[^/@\s]+@")
 _SIMPLE = {
     int: "a whole number",
@@ -61,27 +63,39 @@ def shown(path: Iterable[str | int], value: Any) -> str:
 def type_words(hint: Any, key: str = "") -> str:
     """Return what a type asks for, in words an operator knows."""
     if key.endswith("_s") and any(t in (float, int) for t in (hint, *get_args(hint))):
-        others = [type_words(a) for a in get_args(hint) if a not in (float, int, type(None))]
+        others = [
+            type_words(a) for a in get_args(hint) if a not in (float, int, type(None))
+        ]
         return " or ".join(["a duration such as 5, 5s, 300ms, 5m or 1h", *others])
     origin, arguments = get_origin(hint), get_args(hint)
     if hint in _SIMPLE:
         return _SIMPLE[hint]
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(type_words(a) for a in arguments if a is not type(None)))
+        return " or ".join(
+            dict.fromkeys(type_words(a) for a in arguments if a is not type(None))
+        )
     if origin is Literal:
         return _one_of([str(a) for a in arguments])
     if isinstance(hint, type) and issubclass(hint, Enum):
         return _one_of([str(member.value) for member in hint])
     if _is_collection(origin or hint):
         inner = [a for a in arguments if a is not Ellipsis]
-        return f"a list of {type_words(inner[0])}" if inner and inner[0] is not Any else "a list"
+        return (
+            f"a list of {type_words(inner[0])}"
+            if inner and inner[0] is not Any
+            else "a list"
+        )
     if hint is Any:
         return "a value"
     return "a mapping"
 
 
 def _is_collection(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Collection) and not issubclass(kind, Mapping)
+    return (
+        isinstance(kind, type)
+        and issubclass(kind, Collection)
+        and not issubclass(kind, Mapping)
+    )
 
 
 def _one_of(words: list[str]) -> str:

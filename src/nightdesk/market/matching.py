@@ -203,8 +203,8 @@ class MatchingEngine:
             else:
                 assert order.price is not None
                 self._fill(order, share, order.price, Liquidity.MAKER)
-        if market.eager:
-            self._update_eager(market)
+        if market.eager or not self._is_fresh(market):
+            self._update_eager(market, trade.price)
         return self._end()
 
     def advance(self, ts_ns: int) -> list[StatementRow]:
@@ -386,8 +386,15 @@ class MatchingEngine:
         if reached or market.eager:
             self._update_eager(market)
 
-    def _update_eager(self, market: Listing) -> None:
-        reached = self._reached(market) if self._is_fresh(market) else []
+    def _update_eager(self, market: Listing, traded: Decimal | None = None) -> None:
+        """Find out which orders stand at or beyond the other side; without quotes, beyond the last trade."""
+        if self._is_fresh(market):
+            reached = self._reached(market)
+        elif traded is not None:
+            near = market.buys.reached(traded) + market.sells.reached(traded)
+            reached = [order for order in near if order.price != traded]
+        else:
+            reached = []
         market.eager = {order.venue_order_id: order for order in reached}
 
     def _reached(self, market: Listing) -> list[Working]:

@@ -40,11 +40,15 @@ def _money(status: Mapping[str, Any]) -> list[str]:
     reasons = []
     unknown = (status.get("orders") or {}).get("unknown") or 0
     if unknown:
-        reasons.append(f"{unknown} orders with an unknown outcome; they count as working until the venue proves otherwise")
+        reasons.append(
+            f"{unknown} orders with an unknown outcome; they count as working until the venue proves otherwise"
+        )
     damaged = status.get("quarantined") or []
     if damaged:
         names = ", ".join(str(each.get("key", "?")) for each in damaged[:3])
-        reasons.append(f"{len(damaged)} saved records cannot be read ({names}); see `nightdesk state inspect`")
+        reasons.append(
+            f"{len(damaged)} saved records cannot be read ({names}); see `nightdesk state inspect`"
+        )
     return reasons
 
 
@@ -58,5 +62,7 @@ def _work(status: Mapping[str, Any]) -> list[str]:
             reasons.append(f"{by_status[name]} tasks in {name}; see `nightdesk tasks`")
     slow = (status.get("switch") or {}).get("p999_us")
     if isinstance(slow, (int, float)) and slow > _SWITCH_BAR_US:
-        reasons.append(f"switches take up to {slow / 1000:.1f} ms (p99.9), expected at most {_SWITCH_BAR_US / 1000:.1f} ms")
+        reasons.append(
+            f"switches take up to {slow / 1000:.1f} ms (p99.9), expected at most {_SWITCH_BAR_US / 1000:.1f} ms"
+        )
     return reasons

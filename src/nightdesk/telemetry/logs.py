@@ -25,16 +25,32 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import msgspec
-import structlog
 
 from nightdesk.abc import Clock
+from nightdesk.telemetry._structlog import structlog
 
-__all__ = ["LogSettings", "configure_logs", "flush_logs", "hide", "log_scope", "recent_logs", "set_console", "stop_logs"]
+__all__ = [
+    "LogSettings",
+    "configure_logs",
+    "flush_logs",
+    "hide",
+    "log_scope",
+    "recent_logs",
+    "set_console",
+    "stop_logs",
+]
 
 Console = Literal["off", "quiet", "text", "json"]
 Entry = MutableMapping[str, Any]
 
-_LEVELS = {"debug": 10, "info": 20, "warn": 30, "warning": 30, "error": 40, "critical": 50}
+_LEVELS = {
+    "debug": 10,
+    "info": 20,
+    "warn": 30,
+    "warning": 30,
+    "error": 40,
+    "critical": 50,
+}
 _FILE_BYTES = 10 * 1024 * 1024
 _FILES_KEPT = 5
 _QUEUE = 20_000
@@ -42,8 +58,23 @@ _NEWEST = 5_000
 _TEXT_LIMIT = 8_000
 _STORM_AFTER = 20
 _STORM_WINDOW_NS = 60_000_000_000
-_SECRET_KEYS = ("secret", "passw", "token", "api_key", "apikey", "private", "mnemonic", "credential")
-_COLOURS = {"debug": "2", "info": "0", "warning": "33", "error": "31", "critical": "1;31"}
+_SECRET_KEYS = (
+    "secret",
+    "passw",
+    "token",
+    "api_key",
+    "apikey",
+    "private",
+    "mnemonic",
+    "credential",
+)
+_COLOURS = {
+    "debug": "2",
+    "info": "0",
+    "warning": "33",
+    "error": "31",
+    "critical": "1;31",
+}
 
 
 class LogSettings(Protocol):
@@ -81,7 +112,9 @@ class _Logs:
             return
         entry = self._cleaned(entry)
         self.newest.append(entry)
-        record = logging.makeLogRecord({"levelno": number, "levelname": level, "msg": entry})
+        record = logging.makeLogRecord(
+            {"levelno": number, "levelname": level, "msg": entry}
+        )
         if self._listener is None:
             if self.console != "off" and number >= 30:
                 _ConsoleHandler(self).emit(record)
@@ -89,7 +122,9 @@ class _Logs:
         try:
             self._queue.put_nowait(record)
         except queue.Full:
-            self.dropped += 1  # told by `recent_logs` and by the next line that gets through
+            self.dropped += (
+                1  # told by `recent_logs` and by the next line that gets through
+            )
 
     def _is_storm(self, entry: Entry) -> bool:
         """The first lines of a kind in a minute pass, then each 2^n-th with its count (R-25)."""
@@ -128,7 +163,11 @@ class _Logs:
             text = msgspec.json.encode(value, enc_hook=str).decode()
         except (TypeError, ValueError, RecursionError):
             text = msgspec.json.encode(str(value)).decode()
-        return msgspec.json.decode(self._without_secrets(text)) if len(text) <= _TEXT_LIMIT else text[:_TEXT_LIMIT]
+        return (
+            msgspec.json.decode(self._without_secrets(text))
+            if len(text) <= _TEXT_LIMIT
+            else text[:_TEXT_LIMIT]
+        )
 
     def _without_secrets(self, text: str) -> str:
         for secret in self.hidden:
@@ -145,7 +184,9 @@ class _Logs:
         self._storms.clear()
         handlers: list[logging.Handler] = [_ConsoleHandler(self)]
         if settings.state.store != "memory":
-            handlers.insert(0, _FileHandler(Path(settings.state.directory) / "log.jsonl"))
+            handlers.insert(
+                0, _FileHandler(Path(settings.state.directory) / "log.jsonl")
+            )
         self._queue = queue.Queue(_QUEUE)
         self._listener = QueueListener(self._queue, *handlers)
         self._listener.start()
@@ -172,13 +213,21 @@ class _FileHandler(RotatingFileHandler):
     """`log.jsonl`, private, rotated; made at the first line, so a desk that may not start leaves no trace."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, maxBytes=_FILE_BYTES, backupCount=_FILES_KEPT, encoding="utf-8", delay=True)
+        super().__init__(
+            path,
+            maxBytes=_FILE_BYTES,
+            backupCount=_FILES_KEPT,
+            encoding="utf-8",
+            delay=True,
+        )
         self._failed = False
 
     def _open(self) -> Any:
         path = Path(self.baseFilename)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(
+            path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
         return os.fdopen(descriptor, "a", encoding="utf-8")
 
     def format(self, record: logging.LogRecord) -> str:
@@ -194,7 +243,10 @@ class _FileHandler(RotatingFileHandler):
         if not self._failed:
             self._failed = True
             with contextlib.suppress(OSError, ValueError):
-                print(f"nightdesk: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+                print(
+                    f"nightdesk: {self.baseFilename} cannot be written: {sys.exc_info()[1]}",
+                    file=sys.stderr,
+                )
 
 
 class _ConsoleHandler(logging.Handler):
@@ -212,7 +264,11 @@ class _ConsoleHandler(logging.Handler):
         if mode == "off" or (mode == "quiet" and record.levelno < 30):
             return
         stream = sys.stderr if mode == "quiet" else sys.stdout
-        line = _as_json(record) if mode == "json" else _as_text(record, _wants_colour(stream))
+        line = (
+            _as_json(record)
+            if mode == "json"
+            else _as_text(record, _wants_colour(stream))
+        )
         try:
             stream.write(line + "\n")
             stream.flush()
@@ -257,9 +313,19 @@ atexit.register(_logs.close)
 
 
 def _stamp(_: Any, method: str, entry: Entry) -> Entry:
-    level = "warning" if method == "warn" else "error" if method == "exception" else method
-    now = _logs.clock.now_ns() if _logs.clock else int(datetime.now(UTC).timestamp() * 1e9)
-    when = datetime.fromtimestamp(now / 1e9, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    level = (
+        "warning" if method == "warn" else "error" if method == "exception" else method
+    )
+    now = (
+        _logs.clock.now_ns()
+        if _logs.clock
+        else int(datetime.now(UTC).timestamp() * 1e9)
+    )
+    when = (
+        datetime.fromtimestamp(now / 1e9, UTC)
+        .isoformat(timespec="milliseconds")
+        .replace("+00:00", "Z")
+    )
     return {"at": when, "level": level, "event": entry.pop("event", ""), **entry}
 
 
@@ -275,7 +341,13 @@ class _StandardHandler(logging.Handler):
         entry: Entry = {"event": record.getMessage(), "logger": record.name}
         if record.exc_info and record.exc_info[1] is not None:
             entry["exception"] = logging.Formatter().formatException(record.exc_info)
-        _logs.take(_stamp(None, record.levelname.lower(), {**entry, **structlog.contextvars.get_contextvars()}))
+        _logs.take(
+            _stamp(
+                None,
+                record.levelname.lower(),
+                {**entry, **structlog.contextvars.get_contextvars()},
+            )
+        )
 
 
 def configure_logs(settings: LogSettings, clock: Clock) -> Any:
@@ -285,8 +357,15 @@ def configure_logs(settings: LogSettings, clock: Clock) -> Any:
     again moves the logs; the newest lines stay.
     """
     structlog.configure(
-        processors=[structlog.contextvars.merge_contextvars, structlog.processors.format_exc_info, _stamp, _finish],
-        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS.get(settings.log_level, 20)),
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.format_exc_info,
+            _stamp,
+            _finish,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(
+            _LEVELS.get(settings.log_level, 20)
+        ),
         logger_factory=structlog.ReturnLoggerFactory(),
         cache_logger_on_first_use=False,
     )
@@ -323,7 +402,9 @@ def log_scope(**ids: str) -> Iterator[None]:
         yield
 
 
-def recent_logs(*, task_id: str | None = None, level: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
+def recent_logs(
+    *, task_id: str | None = None, level: str | None = None, limit: int = 100
+) -> list[dict[str, Any]]:
     """Return the newest lines, oldest first.
 
     Args:
@@ -336,13 +417,19 @@ def recent_logs(*, task_id: str | None = None, level: str | None = None, limit: 
     for entry in reversed(list(_logs.newest)):
         if len(found) >= limit:
             break
-        if _LEVELS.get(str(entry.get("level")), 20) >= least and _belongs(entry, task_id):
+        if _LEVELS.get(str(entry.get("level")), 20) >= least and _belongs(
+            entry, task_id
+        ):
             found.append(dict(entry))
     return found[::-1]
 
 
 def _belongs(entry: Mapping[str, Any], task_id: str | None) -> bool:
-    return task_id is None or task_id in (entry.get("task"), entry.get("task_id"), entry.get("source"))
+    return task_id is None or task_id in (
+        entry.get("task"),
+        entry.get("task_id"),
+        entry.get("source"),
+    )
 
 
 def flush_logs() -> None:

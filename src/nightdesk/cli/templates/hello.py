@@ -22,5 +22,7 @@ class HelloTask(Task[HelloContext]):
     async def _handle_executing(self) -> None:
         quote = self.desk.price(self.context.symbol, self.context.venue)
         if quote is not None:
-            self.evolve_context(seen=self.context.seen + 1, highest=max(self.context.highest, quote.bid))
+            self.evolve_context(
+                seen=self.context.seen + 1, highest=max(self.context.highest, quote.bid)
+            )
         self.wait(1.0)

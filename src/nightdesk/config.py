@@ -1,7 +1,7 @@
-"""The typed shape of `desk.yaml`. Unknown keys are refused; `loading.py` turns this into a house.
+"""The typed shape of `desk.yaml`. Unknown keys are refused; `loading/` turns this into a house.
 
 Comes from: cli/
-Goes to: loading.py, desk.py
+Goes to: loading/, desk.py
 """
 
 from decimal import Decimal

@@ -1,6 +1,6 @@
 """The house, built and wired: rooms are introduced to each other here, and at run time nothing passes through.
 
-Comes from: config.py, loading.py
+Comes from: config.py, loading/
 Goes to: kernel/, orders/, risk/, venues/, sources/, stores/
 """
 
@@ -37,6 +37,7 @@ from nightdesk.kernel.hours import Calendars
 from nightdesk.kernel.inbox import Inbox
 from nightdesk.kernel.loop import Lane, lane
 from nightdesk.kernel.memory import Collector
+from nightdesk.kernel.plain import lanes_of
 from nightdesk.kernel.recovery import RecoveryReport
 from nightdesk.kernel.scheduler import Scheduler
 from nightdesk.kernel.switch import Switch
@@ -78,6 +79,7 @@ class TradingDesk(Observer):
     ) -> None:
         self.config = config
         self.loop = loop
+        self.lanes = lanes_of(loop)
         self.clock: Clock = clock or SystemClock()
         self.random = random.Random(config.seed)
         self.log = configure_logs(config, self.clock)
@@ -146,7 +148,7 @@ class TradingDesk(Observer):
         )
         self.checkpoints = Checkpoints(self.clock, self.store.save)
         self.switch = Switch(
-            self.loop,
+            self.lanes,
             self.clock,
             snapshot=self.checkpoints.swap,
             save=self.store.save,
@@ -183,10 +185,12 @@ class TradingDesk(Observer):
             NightdeskError: Anything else that keeps a desk from starting; see its `exit_code`.
         """
         self.started_ns = self.clock.now_ns()
+        laps = _Laps(self.clock)
         entries = [entry for entry in self.config.tasks if entry.enabled]
         if not entries and not self.config.allow_empty:
             raise NoTasksError(self.config.source_file)
         await self.store.start()
+        laps.end("store")
         await self.gate.load()
         await self._build_doors()
         self.inbox.subscribe((QuoteChanged,), self._on_quote)
@@ -197,11 +201,15 @@ class TradingDesk(Observer):
                 self.clock,
                 random.Random(f"{self.config.seed}:{venue.name}"),
             )
+        laps.end("venues")
         self.recovery = await self.orders.recover()
+        laps.end("orders")
         for line in self.recovery.lines():
             self.log.info("recovery", step=line)
         await self.roster.restore(entries)
+        laps.end("tasks")
         await self.scheduler.start()
+        laps.end("scheduler")
         await self.orders.start()
         for source in self.sources.values():
             await source.start(
@@ -211,9 +219,12 @@ class TradingDesk(Observer):
             )
         if not self.config.virtual_time:
             self._start_watching()
+        laps.end("sources")
         self.ready = True
         self.log.info(
             "desk ready",
+            start_s=round(sum(laps.took_ms.values()) / 1000, 3),
+            took_ms=laps.took_ms,
             tasks=len(self.config.tasks),
             venues=len(self.venues),
             trading=self.gate.state,
@@ -271,7 +282,7 @@ class TradingDesk(Observer):
 
     def _start_watching(self) -> None:
         self.watchdog = Watchdog(
-            self.loop,
+            self.lanes,
             lag_ms=self.config.kernel.watchdog_lag_ms,
             on_stall=self._on_stall,
             clock=self.clock,
@@ -473,8 +484,21 @@ class TradingDesk(Observer):
         )
 
     def lane_stats(self) -> dict[str, Any]:
-        stats = getattr(self.loop, "lane_stats", None)
-        return stats() if stats is not None else {}
+        return dict(self.lanes.lane_stats())
+
+
+class _Laps:
+    """How long each part of a start took: where a slow one spends its time."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.took_ms: dict[str, float] = {}
+        self._stamp = clock.monotonic_ns
+        self._last_ns = self._stamp()
+
+    def end(self, name: str) -> None:
+        now_ns = self._stamp()
+        self.took_ms[name] = round((now_ns - self._last_ns) / 1e6, 1)
+        self._last_ns = now_ns
 
 
 def _for_venue(

@@ -26,8 +26,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
-import msgspec
-
 from nightdesk.abc import Put
 from nightdesk.bench._figures import figures, machine, stillness, table
 from nightdesk.errors import CommandError
@@ -67,7 +65,7 @@ def run(
         prefix=".bench-recover-", dir=directory or Path.cwd()
     ) as place:
         home = Path(place)
-        _play("prepare", str(home), str(tasks), str(orders_per_task))
+        _leave_crashed_state(home, tasks, orders_per_task)
         quiet = [stillness()]
         found: dict[str, list[dict[str, Any]]] = {OURS: [], BASELINE: []}
         for number in range(samples):
@@ -191,7 +189,8 @@ def _start_desk(home: Path, number: int) -> dict[str, Any]:
 def _start_naive(home: Path) -> dict[str, Any]:
     before_s = _children_cpu_s()
     began_ns = SystemClock().now_ns()
-    command = [sys.executable, __file__, "--role", "naive", str(home / "files")]
+    script = Path(__file__).with_name("_naive_recovery.py")
+    command = [sys.executable, str(script), str(home / "files")]
     with _process(command) as process:
         stamps = [(int(line) - began_ns) / 1e9 for line in _lines(process)]
     ready_s, first_action_s = stamps
@@ -242,10 +241,10 @@ def _children_cpu_s() -> float:
 # --- The state a crash leaves ------------------------------------------------------------------------
 
 
-def _play(role: str, *arguments: str) -> None:
-    command = [sys.executable, "-m", "nightdesk.bench.recover", "--role", role]
+def _leave_crashed_state(home: Path, tasks: int, orders_per_task: int) -> None:
+    command = [sys.executable, "-m", "nightdesk.bench.recover", "--prepare"]
     done = subprocess.run(
-        [*command, *arguments],
+        [*command, str(home), str(tasks), str(orders_per_task)],
         stderr=subprocess.PIPE,
         text=True,
         timeout=_TIMEOUT_S,
@@ -362,34 +361,6 @@ def _config() -> str:
     return json.dumps({**desk, "venues": [venue]}, indent=1)
 
 
-# --- The baseline --------------------------------------------------------------------------------------
-
-
-async def _naive(directory: Path) -> None:
-    """What design 001 describes: every file read, parsed twice (type, then fields), and made into a task."""
-    from nightdesk.tasks.iceberg import IcebergContext
-
-    kinds = {"iceberg": IcebergContext}
-    acted = asyncio.Event()
-
-    async def work(context: IcebergContext) -> None:
-        acted.set()
-        await asyncio.sleep(1.0 if context.symbol else 0.0)
-
-    running = []
-    for name in sorted(os.listdir(directory)):
-        text = (directory / name).read_text(encoding="utf-8")
-        kind = kinds[json.loads(text)["_meta"]["type"]]
-        fields = json.loads(text)
-        del fields["_meta"]
-        context = msgspec.convert(fields, kind)
-        running.append(asyncio.create_task(work(context)))
-    print(SystemClock().now_ns())
-    await acted.wait()
-    print(SystemClock().now_ns(), flush=True)
-    os._exit(0)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from a command line."""
     parser = argparse.ArgumentParser(prog="recovery", description=__doc__)
@@ -397,24 +368,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--orders-per-task", type=int, default=1)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--role", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.role:
-        _role(*options.role)
+    if options.prepare:
+        home, tasks, orders_per_task = options.prepare
+        asyncio.run(_prepare(Path(home), int(tasks), int(orders_per_task)))
+        os._exit(0)  # as a crash ends it: nothing is closed
     result = run(
         options.tasks, options.samples, orders_per_task=options.orders_per_task
     )
     print(json.dumps(result, indent=2) if options.json else render(result))
     return 0
-
-
-def _role(name: str, directory: str, *numbers: str) -> None:
-    """Be one of the processes of a measurement, and end as a crash does: nothing is closed."""
-    if name == "naive":
-        asyncio.run(_naive(Path(directory)))
-    else:
-        asyncio.run(_prepare(Path(directory), *map(int, numbers)))
-    os._exit(0)
 
 
 if __name__ == "__main__":

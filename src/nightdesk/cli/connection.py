@@ -65,7 +65,8 @@ def _has_desk(directory: Path) -> bool:
 def _configured(file: Path) -> str:
     """Read the one key; a desk must be reachable even while its configuration is being edited."""
     from nightdesk.errors import ConfigError
-    from nightdesk.loading.tree import Problems, read_file
+    from nightdesk.loading.document import read_file
+    from nightdesk.loading.tree import Problems
 
     try:
         section = read_file(file, Problems(str(file))).value.get("state")

@@ -63,7 +63,7 @@ def init(directory: Path, *, force: _Flag = False) -> int:
 
     hello = (
         resources.files("nightdesk.cli")
-        .joinpath("templates/hello.py")
+        .joinpath("templates/hello.py.txt")
         .read_text(encoding="utf-8")
     )
     files = {

@@ -19,13 +19,10 @@ from nightdesk.errors import ConfigError
 from nightdesk.loading.build import adjustments, function_cycle, make_context
 from nightdesk.loading.check import SECTIONS, check
 from nightdesk.loading.classes import catalog, load_class, load_task
-from nightdesk.loading.tree import (
-    Problems,
-    Tree,
-    overlay_environment,
-    overlay_flags,
-    read_file,
-)
+from nightdesk.loading.document import read_file
+from nightdesk.loading.overlays import overlay_environment, overlay_flags
+from nightdesk.loading.tree import Problems, Tree
+from nightdesk.loading.words import is_secret
 
 __all__ = [
     "DEFAULT_FILE",
@@ -138,8 +135,6 @@ def sample_config() -> str:
 
 def secrets_of(config: Config) -> list[str]:
     """Return the secret values of a configuration, so that logs can hide them."""
-    from nightdesk.loading.words import is_secret
-
     found: list[str] = []
 
     def walk(value: Any, hidden: bool) -> None:

@@ -14,8 +14,8 @@ import msgspec
 from nightdesk.abc import Task
 from nightdesk.config import Config, TaskEntry
 from nightdesk.errors import CommandError, ConfigError
-from nightdesk.loading import parameters
 from nightdesk.loading.convert import convert
+from nightdesk.loading.parameters import of_task
 from nightdesk.loading.words import shown
 from nightdesk.model.context import TaskContext
 from nightdesk.model.priority import Priority
@@ -32,7 +32,7 @@ def make_context(
     Raises:
         ConfigError: Names every parameter that cannot be used.
     """
-    known = parameters.of_task(kind)
+    known = of_task(kind)
     missing = [
         name for name, p in known.items() if p.required and name not in entry.params
     ]

@@ -5,9 +5,9 @@ Goes to: config.py, desk.py
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import msgspec
 
@@ -15,14 +15,13 @@ from nightdesk import config as shapes
 from nightdesk.abc import Task
 from nightdesk.config import Config, SourceConfig, TaskEntry, VenueConfig
 from nightdesk.errors import ConfigError
-from nightdesk.loading import parameters
 from nightdesk.loading.build import make_context
-from nightdesk.loading.classes import catalog, load_function_or_class
-from nightdesk.loading.convert import convert, settle
-from nightdesk.loading.parameters import Parameter
+from nightdesk.loading.checker import MISSING, Checker
+from nightdesk.loading.classes import catalog
+from nightdesk.loading.convert import convert
+from nightdesk.loading.parameters import of_callable, of_part, of_task
 from nightdesk.loading.schedules import SCHEDULE_KEYS, read_schedule
 from nightdesk.loading.tree import Key, Problems, Tree, path_text
-from nightdesk.loading.words import nearest, shown, type_words
 from nightdesk.model.priority import Priority
 from nightdesk.model.schedule import Schedule
 
@@ -41,25 +40,6 @@ SECTIONS = (
     *(f.name for f in msgspec.structs.fields(Config) if f.name not in _INTERNAL),
     *_DESIGN_004,
 )
-
-# Smallest sensible value; a key that is not here may be 0 or, where money is meant, anything.
-_AT_LEAST: dict[Key, int] = {
-    ("kernel", "slice_us"): 1,
-    ("kernel", "opportunity_queue"): 1,
-    ("kernel", "max_concurrent"): 1,
-    ("kernel", "watchdog_lag_ms"): 1,
-    ("background", "hosts"): 0,
-    ("background", "memory_mb"): 16,
-    ("risk", "max_orders_per_s"): 1,
-    ("risk", "price_collar_ppm"): 0,
-    ("risk", "max_notional_per_order"): 0,
-    ("risk", "max_position_notional"): 0,
-    ("risk", "max_gross_notional"): 0,
-    ("risk", "max_daily_loss"): 0,
-    ("risk", "starting_equity"): 0,
-    ("state", "keep_completed_hours"): 0,
-}
-_AT_MOST: dict[Key, int] = {("background", "hosts"): 256}
 
 _TASK_KEYS = (
     "id",
@@ -83,7 +63,6 @@ _OTHER_NAMES = {
 }
 _MOST_COPIES = 100_000
 _QUOTES = ("USDT", "USDC", "BUSD", "FDUSD", "USD", "EUR", "BTC", "ETH")
-_MISSING = object()
 
 
 def check(tree: Tree, problems: Problems, search_path: str) -> Config:
@@ -92,24 +71,21 @@ def check(tree: Tree, problems: Problems, search_path: str) -> Config:
     Raises:
         ConfigError: Lists everything that is wrong with it.
     """
-    checked = _Checker(tree, problems, search_path).config()
+    checked = _ConfigChecker(tree, problems, search_path).config()
     if problems:
         raise problems.error()
     return checked
 
 
-class _Checker:
-    def __init__(self, tree: Tree, problems: Problems, search_path: str) -> None:
-        self._tree = tree
-        self._problems = problems
-        self._search_path = search_path
+class _ConfigChecker(Checker):
+    """The sections of `desk.yaml`, each in its own way."""
 
     def config(self) -> Config:
-        root = self._tree.value
-        self._unknown(root, (), SECTIONS)
+        root = self.tree.value
+        self.unknown(root, (), SECTIONS)
         found: dict[str, Any] = {
-            "source_file": self._tree.origin,
-            "search_path": self._search_path,
+            "source_file": self.tree.origin,
+            "search_path": self.search_path,
         }
         for field in msgspec.structs.fields(Config):
             name = field.name
@@ -120,69 +96,33 @@ class _Checker:
                 or root.get(name) is None
             ):
                 continue
-            self._set(found, name, self.value(root[name], field.type, (name,)))
+            self.set(found, name, self.value(root[name], field.type, (name,)))
         for name, shape in _STRUCT_SECTIONS.items():
             found[name] = self.section(shape, root.get(name), (name,))
         if not re.fullmatch("[a-z0-9]{3}", found.get("code", "nd1")):
-            self._wrong(("code",), found["code"], "three characters of a-z and 0-9")
-        self._search_path = found["search_path"]
+            self.wrong(("code",), found["code"], "three characters of a-z and 0-9")
+        self.search_path = found["search_path"]
         found["venues"] = self._parts(root.get("venues"), "venue", VenueConfig)
         found["sources"] = self._parts(root.get("sources"), "source", SourceConfig)
         found["tasks"] = self._tasks(root, {venue.name for venue in found["venues"]})
-        return Config(**found) if not self._problems else Config()
-
-    # --- plain sections -------------------------------------------------------------------------------
-
-    def section(self, shape: type[msgspec.Struct], raw: Any, path: Key) -> Any:
-        if raw is None:
-            return shape()
-        if not isinstance(raw, Mapping):
-            self._wrong(path, raw, "a mapping of keys")
-            return shape()
-        fields = {field.name: field for field in msgspec.structs.fields(shape)}
-        self._unknown(raw, path, fields)
-        found: dict[str, Any] = {}
-        for name, field in fields.items():
-            if name not in raw or (raw[name] is None and field.default is not None):
-                continue
-            value = self.value(raw[name], field.type, (*path, name))
-            if value is not _MISSING and self._in_bounds(value, (*path, name)):
-                found[name] = value
-        return shape(**found)
-
-    def value(self, raw: Any, hint: Any, path: Key) -> Any:
-        try:
-            return convert(raw, hint, str(path[-1]))
-        except ValueError as error:
-            self._wrong(path, raw, str(error), self._hint_for(raw, hint))
-            return _MISSING
-
-    def _in_bounds(self, value: Any, path: Key) -> bool:
-        least, most = _AT_LEAST.get(path), _AT_MOST.get(path)
-        if value is None or (
-            (least is None or value >= least) and (most is None or value <= most)
-        ):
-            return True
-        words = f"{least} or more" if most is None else f"{least} to {most}"
-        self._wrong(path, value, words)
-        return False
+        return Config(**found) if not self.problems else Config()
 
     # --- venues and sources ---------------------------------------------------------------------------
 
     def _parts(self, raw: Any, kind: str, shape: Any) -> tuple[Any, ...]:
         found: dict[str, Any] = {}
-        for path, item in self._items(
+        for path, item in self.items(
             raw, f"{kind}s", "a list of entries with `name` and `type`"
         ):
-            name = self._text(item, "name", path) or ""
-            type_name = self._text(item, "type", path)
+            name = self.text(item, "name", path) or ""
+            type_name = self.text(item, "type", path)
             if type_name is None:
-                self._missing(path, "type", f"one of {', '.join(catalog(kind))}", item)
+                self.missing(path, "type", f"one of {', '.join(catalog(kind))}", item)
                 continue
             name = name or type_name
             if name in found:
-                self._problems.add(
-                    self._tree.place(path),
+                self.problems.add(
+                    self.tree.place(path),
                     f"a second {kind} is named {name!r}. Give it another `name`.",
                 )
                 continue
@@ -201,14 +141,14 @@ class _Checker:
             for key, value in item.items()
             if key not in ("name", "type", "options")
         }
-        nested = self._nested(item, "options", path)
-        target = self._class(kind, type_name, path)
+        nested = self.nested(item, "options", path)
+        target = self.class_of(kind, type_name, path)
         if target is None:
             return {**raw, **nested}
-        known, open_ended = parameters.of_part(target, type_name)
-        here = self._given(raw, known, path, ("name", "type"), open_ended)
-        there = self._given(nested, known, (*path, "options"), (), open_ended)
-        self._required(known, {**raw, **nested}, path)
+        known, open_ended = of_part(target, type_name)
+        here = self.given(raw, known, path, ("name", "type"), open_ended)
+        there = self.given(nested, known, (*path, "options"), (), open_ended)
+        self.required(known, {**raw, **nested}, path)
         if kind == "venue" and "feeds" in raw:
             self._feeds(raw["feeds"], (*path, "feeds"))
         return {**here, **there}
@@ -222,11 +162,11 @@ class _Checker:
         paths: dict[str, Key] = {}
         counts: dict[str, int] = {}
         defaults = self._trading(root.get("trading"))
-        items = self._items(root.get("tasks"), "tasks", "a list of entries with `type`")
+        items = self.items(root.get("tasks"), "tasks", "a list of entries with `type`")
         for path, item in [*items, *self._forgotten_tasks(root, items)]:
-            type_name = self._text(item, "type", path)
+            type_name = self.text(item, "type", path)
             if type_name is None:
-                self._missing(
+                self.missing(
                     path,
                     "type",
                     f"one of {', '.join(catalog('task'))}, or a dotted name of your own",
@@ -242,7 +182,7 @@ class _Checker:
             entry = self._task(
                 item,
                 path,
-                self._text(item, "id", path) or default_id,
+                self.text(item, "id", path) or default_id,
                 type_name,
                 defaults,
                 venues,
@@ -251,8 +191,8 @@ class _Checker:
                 entry, item.get("count"), path, _MOST_COPIES - len(found)
             ):
                 if each.id in found:
-                    self._problems.add(
-                        self._tree.place(path),
+                    self.problems.add(
+                        self.tree.place(path),
                         f"a second task has the id {each.id!r}. Give it another `id`.",
                     )
                     break
@@ -274,7 +214,7 @@ class _Checker:
         fields = {field.name: field.type for field in msgspec.structs.fields(TaskEntry)}
         for name in ("group", "after", "runs_in", "enabled"):
             if item.get(name) is not None:
-                self._set(
+                self.set(
                     found, name, self.value(item[name], fields[name], (*path, name))
                 )
         for name in ("timeout", "timeout_s"):
@@ -282,11 +222,11 @@ class _Checker:
                 try:
                     found["timeout_s"] = convert(item[name], float, "timeout_s")
                 except ValueError as error:
-                    self._wrong((*path, name), item[name], str(error))
+                    self.wrong((*path, name), item[name], str(error))
         if item.get("priority") is not None:
             self._priority(found, item["priority"], (*path, "priority"))
-        found["schedule"] = read_schedule(item, path, self._wrong, self._unknown)
-        target = self._class("task", type_name, path)
+        found["schedule"] = read_schedule(item, path, self.wrong, self.unknown)
+        target = self.class_of("task", type_name, path)
         self._params(found, target, item, path, defaults, venues)
         if (
             target is not None
@@ -303,11 +243,11 @@ class _Checker:
         if raw is None:
             return [entry]
         count = self.value(raw, int, (*path, "count"))
-        if count is _MISSING:
+        if count is MISSING:
             return []
         if not 1 <= count <= room:
             words = f"1 to {room}, so that there are {_MOST_COPIES} tasks at most"
-            self._wrong((*path, "count"), raw, words)
+            self.wrong((*path, "count"), raw, words)
             return []
         return [
             msgspec.structs.replace(entry, id=f"{entry.id}-{number}")
@@ -319,11 +259,11 @@ class _Checker:
             found["priority"] = str(Priority.parse(raw))
         except ValueError:
             names = [str(p) for p in Priority]
-            self._wrong(
+            self.wrong(
                 path,
                 raw,
                 f"one of {', '.join(names)}",
-                self._did_you_mean(str(raw), names),
+                self.did_you_mean(str(raw), names),
             )
 
     def _params(
@@ -340,14 +280,14 @@ class _Checker:
             for key, value in item.items()
             if key not in _TASK_KEYS and key not in SCHEDULE_KEYS
         }
-        nested = self._nested(item, "params", path)
+        nested = self.nested(item, "params", path)
         if target is None:
             found["params"] = {**raw, **nested}
             return
         if isinstance(target, type) and issubclass(target, Task):
-            known, open_ended = parameters.of_task(target), False
+            known, open_ended = of_task(target), False
         else:
-            known, open_ended = parameters.of_callable(target)
+            known, open_ended = of_callable(target)
         if "instruments" in known and defaults.get("symbols"):
             at = [
                 f"{symbol}@{venue}"
@@ -357,13 +297,13 @@ class _Checker:
             defaults = {**defaults, "instruments": tuple(at)}
         given = {
             **{key: value for key, value in defaults.items() if key in known},
-            **self._given(raw, known, path, (*_TASK_KEYS, *SCHEDULE_KEYS), open_ended),
-            **self._given(nested, known, (*path, "params"), (), open_ended),
+            **self.given(raw, known, path, (*_TASK_KEYS, *SCHEDULE_KEYS), open_ended),
+            **self.given(nested, known, (*path, "params"), (), open_ended),
         }
-        self._required(known, {**defaults, **raw, **nested}, path)
+        self.required(known, {**defaults, **raw, **nested}, path)
         self._venues_exist(given, raw, path, venues)
         found["params"] = given
-        if isinstance(target, type) and not self._problems:
+        if isinstance(target, type) and not self.problems:
             # Fields may be right one by one and wrong together.
             try:
                 make_context(
@@ -373,8 +313,8 @@ class _Checker:
                 )
             except ConfigError as error:
                 for problem in error.problems:
-                    self._problems.add(
-                        self._tree.place(path), f"`{path_text(path)}`: {problem}"
+                    self.problems.add(
+                        self.tree.place(path), f"`{path_text(path)}`: {problem}"
                     )
 
     def _venues_exist(
@@ -397,7 +337,7 @@ class _Checker:
                         if venues
                         else "a venue, but `venues` lists none"
                     )
-                    self._wrong(here, name, known, self._did_you_mean(name, venues))
+                    self.wrong(here, name, known, self.did_you_mean(name, venues))
 
     def _dependencies(self, found: dict[str, TaskEntry], paths: dict[str, Key]) -> None:
         graph = {}
@@ -405,19 +345,19 @@ class _Checker:
             for other in entry.after:
                 if other not in found:
                     here = (*paths[entry.id], "after")
-                    self._wrong(
+                    self.wrong(
                         here,
                         other,
                         "the id of another task",
-                        self._did_you_mean(other, found),
+                        self.did_you_mean(other, found),
                     )
             graph[entry.id] = set(entry.after)
         try:
             TopologicalSorter(graph).prepare()
         except CycleError as error:
             circle = " -> ".join(error.args[1])
-            place = self._tree.place((*paths[error.args[1][0]], "after"))
-            self._problems.add(
+            place = self.tree.place((*paths[error.args[1][0]], "after"))
+            self.problems.add(
                 place,
                 f"tasks wait for each other in a circle: {circle}. Remove one `after`.",
             )
@@ -429,14 +369,14 @@ class _Checker:
         if raw is None:
             return {}
         if not isinstance(raw, Mapping):
-            self._wrong(("trading",), raw, "a mapping with `symbols` and `timeframes`")
+            self.wrong(("trading",), raw, "a mapping with `symbols` and `timeframes`")
             return {}
-        self._unknown(raw, ("trading",), ("symbols", "timeframes"))
+        self.unknown(raw, ("trading",), ("symbols", "timeframes"))
         found = {}
         for name in ("symbols", "timeframes"):
             if raw.get(name) is not None:
                 values = self.value(raw[name], tuple[str, ...], ("trading", name))
-                if values is not _MISSING:
+                if values is not MISSING:
                     found[name] = (
                         tuple(_with_slash(v) for v in values)
                         if name == "symbols"
@@ -467,19 +407,19 @@ class _Checker:
         if raw is None:
             return
         if not isinstance(raw, Mapping):
-            self._wrong(("background_tasks",), raw, "a mapping of task names")
+            self.wrong(("background_tasks",), raw, "a mapping of task names")
             return
         for name, changes in raw.items():
             path: Key = ("background_tasks", name)
             targets = [e.id for e in found.values() if name in (e.id, e.type)]
             if not targets:
                 known = [*found, *catalog("task")]
-                text = f"`{path_text(path)}` is neither a task's id nor a task type.{self._did_you_mean(name, known)}"
-                self._problems.add(self._tree.place(path), text)
+                text = f"`{path_text(path)}` is neither a task's id nor a task type.{self.did_you_mean(name, known)}"
+                self.problems.add(self.tree.place(path), text)
             elif not isinstance(changes, Mapping):
-                self._wrong(path, changes, "a mapping with `enabled` and `interval`")
+                self.wrong(path, changes, "a mapping with `enabled` and `interval`")
             else:
-                self._unknown(changes, path, ("enabled", "interval"))
+                self.unknown(changes, path, ("enabled", "interval"))
                 for task_id in targets:
                     found[task_id] = self._overridden(found[task_id], changes, path)
 
@@ -488,119 +428,28 @@ class _Checker:
     ) -> TaskEntry:
         new: dict[str, Any] = {}
         if changes.get("enabled") is not None:
-            self._set(
+            self.set(
                 new, "enabled", self.value(changes["enabled"], bool, (*path, "enabled"))
             )
         if changes.get("interval") is not None:
             item = {"every": changes["interval"]}
-            places = lambda key, *rest: self._wrong((*path, "interval"), *rest)  # noqa: E731
-            new["schedule"] = read_schedule(item, path, places, self._unknown)
+            places = lambda key, *rest: self.wrong((*path, "interval"), *rest)  # noqa: E731
+            new["schedule"] = read_schedule(item, path, places, self.unknown)
         return msgspec.structs.replace(entry, **new)
-
-    # --- helpers --------------------------------------------------------------------------------------
-
-    def _items(self, raw: Any, name: str, expected: str) -> list[tuple[Key, Any]]:
-        if raw is None:
-            return []
-        if not isinstance(raw, list):
-            self._wrong((name,), raw, expected)
-            return []
-        found: list[tuple[Key, Any]] = []
-        for index, item in enumerate(raw):
-            if isinstance(item, Mapping):
-                found.append(((name, index), item))
-            else:
-                self._wrong((name, index), item, "a mapping, e.g. `- type: ...`")
-        return found
-
-    def _nested(self, item: Mapping[str, Any], name: str, path: Key) -> dict[str, Any]:
-        raw = item.get(name)
-        if raw is None:
-            return {}
-        if not isinstance(raw, Mapping):
-            self._wrong((*path, name), raw, "a mapping")
-            return {}
-        return dict(raw)
-
-    def _class(self, kind: str, type_name: str, path: Key) -> Any:
-        try:
-            return load_function_or_class(kind, type_name, self._search_path, "")
-        except ConfigError as error:
-            place = self._tree.place((*path, "type"))
-            for problem in error.problems:
-                self._problems.add(place, f"`{path_text((*path, 'type'))}`: {problem}")
-            return None
-
-    def _given(
-        self,
-        raw: Mapping[str, Any],
-        known: Mapping[str, Parameter],
-        path: Key,
-        beside: Iterable[str],
-        open_ended: bool,
-    ) -> dict[str, Any]:
-        if not open_ended:
-            self._unknown(raw, path, known, beside)
-        found: dict[str, Any] = {}
-        for key, value in raw.items():
-            if key not in known or known[key].hint is Any:
-                found[key] = settle(value)
-            else:
-                self._set(found, key, self._deep(value, known[key].hint, (*path, key)))
-        return found
-
-    def _deep(self, raw: Any, hint: Any, path: Key) -> Any:
-        """As `value`; mappings that stand for structs are checked key by key and stay mappings."""
-        shape, many = parameters.struct_in(hint)
-        inner = parameters.values_of(hint)
-        if shape is None and inner is not None and isinstance(raw, Mapping):
-            given = {
-                key: self.value(value, inner, (*path, key))
-                for key, value in raw.items()
-            }
-            return _MISSING if _MISSING in given.values() else given
-        if shape is None or isinstance(raw, str | bool):
-            return self.value(raw, hint, path)
-        if many == "one":
-            return self._shape(raw, shape, path)
-        if many == "mapping":
-            if not isinstance(raw, Mapping):
-                self._wrong(path, raw, "a mapping of mappings")
-                return _MISSING
-            return {
-                key: self._shape(item, shape, (*path, key)) for key, item in raw.items()
-            }
-        if not isinstance(raw, list):
-            self._wrong(path, raw, "a list of mappings")
-            return _MISSING
-        return [
-            self._shape(item, shape, (*path, index)) for index, item in enumerate(raw)
-        ]
-
-    def _shape(self, raw: Any, shape: type[msgspec.Struct], path: Key) -> Any:
-        if not isinstance(raw, Mapping):
-            self._wrong(path, raw, "a mapping of keys")
-            return _MISSING
-        # The instruments of a venue are its own, so they need not name it.
-        known = parameters.of_struct(
-            shape, frozenset({"venue"}) if path[0] == "venues" else frozenset()
-        )
-        self._required(known, raw, path)
-        return self._given(raw, known, path, (), open_ended=False)
 
     def _feeds(self, raw: Any, path: Key) -> None:
         """What feeds a paper venue in a process of its own: sources, but for the venue they show."""
         for index, item in enumerate(raw if isinstance(raw, list) else []):
             here = (*path, index)
             type_name = (
-                self._text(item, "type", here) if isinstance(item, Mapping) else None
+                self.text(item, "type", here) if isinstance(item, Mapping) else None
             )
             if type_name is None:
-                self._missing(here, "type", "simulated or replay")
+                self.missing(here, "type", "simulated or replay")
                 continue
-            target = self._class("source", type_name, here)
+            target = self.class_of("source", type_name, here)
             if target is not None:
-                known, open_ended = parameters.of_part(target, type_name)
+                known, open_ended = of_part(target, type_name)
                 given = {
                     key: value
                     for key, value in item.items()
@@ -608,84 +457,8 @@ class _Checker:
                 }
                 for name in ("venue", "venues"):
                     known.pop(name, None)
-                self._given(given, known, here, ("name", "type"), open_ended)
-                self._required(known, given, here)
-
-    def _required(
-        self, known: Mapping[str, Parameter], given: Mapping[str, Any], path: Key
-    ) -> None:
-        for name, parameter in known.items():
-            if parameter.required and name not in given:
-                self._missing(path, name, type_words(parameter.hint, name))
-
-    def _text(self, item: Mapping[str, Any], key: str, path: Key) -> str | None:
-        if item.get(key) is None:
-            return None
-        value = self.value(item[key], str, (*path, key))
-        return None if value is _MISSING else str(value)
-
-    @staticmethod
-    def _set(found: dict[str, Any], key: str, value: Any) -> None:
-        if value is not _MISSING:
-            found[key] = value
-
-    def _missing(
-        self, path: Key, key: str, expected: str, given: Mapping[str, Any] | None = None
-    ) -> None:
-        near = nearest(key, given or ())
-        hint = f" Did you mean {key!r} by `{near}`?" if near else ""
-        place = self._tree.place((*path, near) if near else path)
-        self._problems.add(
-            place, f"`{path_text(path)}` has no `{key}`, expected {expected}.{hint}"
-        )
-
-    def _wrong(self, path: Key, raw: Any, expected: str, hint: str = "") -> None:
-        text = f"`{path_text(path)}` is {shown(path, raw)}, expected {expected}.{hint}"
-        self._problems.add(self._tree.place(path), text)
-
-    def _unknown(
-        self,
-        raw: Mapping[str, Any],
-        path: Key,
-        known: Iterable[str],
-        beside: Iterable[str] = (),
-    ) -> None:
-        names = [*known, *beside]
-        for key in raw:
-            if key not in names:
-                hint = (
-                    self._did_you_mean(str(key), names)
-                    or f" Known: {', '.join(names) or 'none'}."
-                )
-                self._problems.add(
-                    self._tree.place((*path, key)),
-                    f"no key `{path_text((*path, key))}`.{hint}",
-                )
-
-    @staticmethod
-    def _did_you_mean(word: str, known: Iterable[str]) -> str:
-        near = nearest(word, known)
-        return f" Did you mean {near!r}?" if near else ""
-
-    def _hint_for(self, raw: Any, hint: Any) -> str:
-        if isinstance(raw, str):
-            kinds = [hint, *get_args(hint)]
-            names = [
-                str(a)
-                for kind in kinds
-                if get_origin(kind) is Literal
-                for a in get_args(kind)
-            ]
-            names += [
-                str(m.value)
-                for kind in kinds
-                if hasattr(kind, "__members__")
-                for m in kind
-            ]
-            return self._did_you_mean(raw, names)
-        return (
-            " Put it in quotes." if hint is str and isinstance(raw, (int, bool)) else ""
-        )
+                self.given(given, known, here, ("name", "type"), open_ended)
+                self.required(known, given, here)
 
 
 def _with_slash(symbol: str) -> str:

@@ -57,7 +57,9 @@ class WatchAndBuy(BaseTradingTask[WatchContext, WatchState]):
         await self._exchange.initialize([self.context.symbol])
 
     def _build_tag(self) -> None:
-        self._tag = f"{self.name}_{self.context.exchange_name.name}_{self.context.symbol}"
+        self._tag = (
+            f"{self.name}_{self.context.exchange_name.name}_{self.context.symbol}"
+        )
 
     def get_extended_state_handlers(self) -> Mapping[WatchState, str]:
         return {
@@ -75,7 +77,9 @@ class WatchAndBuy(BaseTradingTask[WatchContext, WatchState]):
             self._transition(WatchState.PLACING_ORDERS)
 
     async def _handle_placing_orders(self) -> None:
-        if not self.desk.orders():  # the ledger, not the context, knows whether it was sent before a crash
+        if (
+            not self.desk.orders()
+        ):  # the ledger, not the context, knows whether it was sent before a crash
             quote = self._exchange.quote(self.context.symbol)
             order = await self.desk.submit(
                 OrderRequest(
@@ -90,7 +94,9 @@ class WatchAndBuy(BaseTradingTask[WatchContext, WatchState]):
         self._transition(WatchState.MONITORING_FILLS)
 
     async def _handle_monitoring_fills(self) -> None:
-        filled = sum((order.filled_quantity for order in self.desk.orders()), Decimal(0))
+        filled = sum(
+            (order.filled_quantity for order in self.desk.orders()), Decimal(0)
+        )
         self.evolve_context(filled_quantity=filled)
         if filled >= self.context.quantity:
             self._transition(TradingStrategyState.COMPLETED)

@@ -32,7 +32,9 @@ async def until_done(manager: TaskManager, seconds: float) -> None:
     for _ in range(round(seconds / 0.5)):
         status = manager.get_status()
         shown = {line["task_id"]: line["state"] for line in status["tasks"]}
-        print(f"active {status['active_tasks']}, cycles {status['total_executions']}: {shown}")
+        print(
+            f"active {status['active_tasks']}, cycles {status['total_executions']}: {shown}"
+        )
         if manager.task_count == 0:
             return
         await asyncio.sleep(0.5)
@@ -74,7 +76,10 @@ async def several_pairs() -> None:
             logger,
             DeltaNeutralTaskContext(
                 symbol=Symbol(base=base, quote="USDT"),
-                exchange_names={Side.BUY: ExchangeEnum.MEXC, Side.SELL: ExchangeEnum.GATEIO},
+                exchange_names={
+                    Side.BUY: ExchangeEnum.MEXC,
+                    Side.SELL: ExchangeEnum.GATEIO,
+                },
                 total_quantity=50.0,
                 order_quantity=5.0,
                 offset_ticks={Side.BUY: 1, Side.SELL: 1},

@@ -1,6 +1,6 @@
 """Tasks that follow a market's session, and a cache they share: the form of design 003.
 
-    python examples/market_hours.py [seconds]
+python examples/market_hours.py [seconds]
 """
 
 import asyncio
@@ -36,19 +36,32 @@ class Services:
 async def main() -> None:
     services = Services()
     manager = TaskManager(calendar="NSE")
-    manager.register_task(name="market_monitoring", coro=services.monitor_market, priority="critical")
-    manager.register_task(name="signal_generation", coro=services.generate_signals, priority="critical")
-    manager.register_task(name="regime_monitoring", coro=services.monitor_market, priority="important")
     manager.register_task(
-        name="news_integration", coro=services.integrate_news, priority="nice_to_have", market_hours_only=True
+        name="market_monitoring", coro=services.monitor_market, priority="critical"
+    )
+    manager.register_task(
+        name="signal_generation", coro=services.generate_signals, priority="critical"
+    )
+    manager.register_task(
+        name="regime_monitoring", coro=services.monitor_market, priority="important"
+    )
+    manager.register_task(
+        name="news_integration",
+        coro=services.integrate_news,
+        priority="nice_to_have",
+        market_hours_only=True,
     )
     started = await manager.start()
-    print(f"started {started} tasks; the market is {'open' if manager.is_market_open() else 'closed'}")
+    print(
+        f"started {started} tasks; the market is {'open' if manager.is_market_open() else 'closed'}"
+    )
     try:
         await asyncio.sleep(SECONDS)
         health = manager.get_health()
         for name, line in health["tasks"].items():
-            print(f"{name}: {line.status}, {line.runs} runs, {line.restarts} restarts, {line.why}")
+            print(
+                f"{name}: {line.status}, {line.runs} runs, {line.restarts} restarts, {line.why}"
+            )
         print("requests", services.requests, "cache", services.cache.stats())
     finally:
         await manager.stop()

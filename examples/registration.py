@@ -1,12 +1,16 @@
 """Registered functions in groups: the form of design 004.
 
-    python examples/registration.py [seconds]
+python examples/registration.py [seconds]
 """
 
 import asyncio
 import sys
 
-from nightdesk.compat.registration import BackgroundTaskManager, TaskConfig, TaskPriority
+from nightdesk.compat.registration import (
+    BackgroundTaskManager,
+    TaskConfig,
+    TaskPriority,
+)
 from nightdesk.errors import NoTasksError
 
 SECONDS = float(sys.argv[1]) if len(sys.argv) > 1 else 3.0
@@ -26,7 +30,9 @@ async def generate_signals() -> None:
 
 async def main() -> None:
     manager = BackgroundTaskManager(
-        enable_health_monitoring=True, health_check_interval=30, enable_auto_recovery=True
+        enable_health_monitoring=True,
+        health_check_interval=30,
+        enable_auto_recovery=True,
     )
     try:
         await manager.start_all()
@@ -44,19 +50,32 @@ async def main() -> None:
         group="trading",
     )
     await manager.add_task(
-        TaskConfig(name="position_monitoring", func=monitor_positions, interval=0.5, priority=TaskPriority.HIGH, timeout=20),
+        TaskConfig(
+            name="position_monitoring",
+            func=monitor_positions,
+            interval=0.5,
+            priority=TaskPriority.HIGH,
+            timeout=20,
+        ),
         group="trading",
         start_immediately=False,
     )
     await manager.add_task(
-        TaskConfig(name="signal_generation", func=generate_signals, interval=1, priority=TaskPriority.MEDIUM),
+        TaskConfig(
+            name="signal_generation",
+            func=generate_signals,
+            interval=1,
+            priority=TaskPriority.MEDIUM,
+        ),
         group="trading",
     )
     print(f"started {await manager.start_all(group='trading')} tasks")
     try:
         await asyncio.sleep(SECONDS)
         for name, line in manager.get_all_health().items():
-            print(f"{name}: {line.status}, runs {line.runs}, errors {line.errors}: {line.why or line.last_error}")
+            print(
+                f"{name}: {line.status}, runs {line.runs}, errors {line.errors}: {line.why or line.last_error}"
+            )
     finally:
         await manager.stop_all()
 

@@ -8,8 +8,14 @@ import pytest
 
 def recording(relative: str) -> Path:
     """Return the path of one recording, or skip the calling test and say why."""
-    root = Path(os.environ.get("NIGHTDESK_RECORDINGS", Path(__file__).parents[2] / "shared" / "data"))
+    root = Path(
+        os.environ.get(
+            "NIGHTDESK_RECORDINGS", Path(__file__).parents[2] / "shared" / "data"
+        )
+    )
     path = root / relative
     if not path.exists():
-        pytest.skip(f"recording {relative} is not here (set NIGHTDESK_RECORDINGS to the folder that holds it)")
+        pytest.skip(
+            f"recording {relative} is not here (set NIGHTDESK_RECORDINGS to the folder that holds it)"
+        )
     return path

@@ -40,7 +40,9 @@ def test_design_001_executes_recovers_and_counts(tmp_path: Path) -> None:
 
 
 def test_design_003_market_hours_and_cache(tmp_path: Path) -> None:
-    pytest.importorskip("pandas_market_calendars", reason="market hours need the extra 'markets'")
+    pytest.importorskip(
+        "pandas_market_calendars", reason="market hours need the extra 'markets'"
+    )
 
     output = run(tmp_path, "market_hours.py", "2")
 
@@ -49,7 +51,9 @@ def test_design_003_market_hours_and_cache(tmp_path: Path) -> None:
     assert "requests 1" in output, "two tasks asked, one request went out"
 
 
-def test_design_004_refuses_an_empty_manager_and_runs_a_full_one(tmp_path: Path) -> None:
+def test_design_004_refuses_an_empty_manager_and_runs_a_full_one(
+    tmp_path: Path,
+) -> None:
     output = run(tmp_path, "registration.py", "1.5")
 
     assert "refused: BackgroundTaskManager: `tasks` lists 0 entries" in output
@@ -64,7 +68,15 @@ def test_a_task_of_ones_own_runs_from_one_file_and_remembers(tmp_path: Path) -> 
         if file.is_file():
             (desk / file.name).write_text(file.read_text())
     process = subprocess.Popen(
-        [sys.executable, "-m", "nightdesk", "run", "-c", str(desk / "desk.yaml"), "--no-console"],
+        [
+            sys.executable,
+            "-m",
+            "nightdesk",
+            "run",
+            "-c",
+            str(desk / "desk.yaml"),
+            "--no-console",
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         stdout=subprocess.PIPE,
@@ -78,11 +90,21 @@ def test_a_task_of_ones_own_runs_from_one_file_and_remembers(tmp_path: Path) -> 
         output, _ = process.communicate(timeout=20)
     assert process.returncode == 0, output
     exported = subprocess.run(
-        [sys.executable, "-m", "nightdesk", "state", "export", "--state", "state/own-task"],
+        [
+            sys.executable,
+            "-m",
+            "nightdesk",
+            "state",
+            "export",
+            "--state",
+            "state/own-task",
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
         timeout=30,
     )
-    assert '"prices":["' in exported.stdout.replace(" ", ""), exported.stdout + exported.stderr + output
+    assert '"prices":["' in exported.stdout.replace(" ", ""), (
+        exported.stdout + exported.stderr + output
+    )

@@ -71,13 +71,20 @@ def test_each_file_of_a_collection_defines_exactly_one_class_of_its_contract() -
     wrong = []
     for folder, contract in COLLECTIONS.items():
         for path in sorted((SOURCE / folder).glob("[!_]*.py")):
-            classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+            classes = [
+                node
+                for node in ast.parse(path.read_text()).body
+                if isinstance(node, ast.ClassDef)
+            ]
             ending = {"Task": ("Task", "OpportunityHandler")}.get(contract, (contract,))
             matching = [
                 c.name
                 for c in classes
                 if not c.name.startswith("_")
-                and any(ast.unparse(base).split("[")[0].split(".")[-1].endswith(ending) for base in c.bases)
+                and any(
+                    ast.unparse(base).split("[")[0].split(".")[-1].endswith(ending)
+                    for base in c.bases
+                )
             ]
             if len(matching) != 1:
                 wrong.append(f"{folder}/{path.name}: {matching}")
@@ -88,14 +95,24 @@ def test_each_file_of_a_collection_defines_exactly_one_class_of_its_contract() -
 def test_no_import_circle() -> None:
     graph: dict[str, set[str]] = {}
     names = {
-        ".".join(("nightdesk", *p.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
+        ".".join(
+            ("nightdesk", *p.relative_to(SOURCE).with_suffix("").parts)
+        ).removesuffix(".__init__")
         for p in modules()
     }
     for path in modules():
-        name = ".".join(("nightdesk", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
+        name = ".".join(
+            ("nightdesk", *path.relative_to(SOURCE).with_suffix("").parts)
+        ).removesuffix(".__init__")
         edges = graph.setdefault(name, set())
-        for node in ast.parse(path.read_text()).body:  # imports inside functions run later
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("nightdesk"):
+        for node in ast.parse(
+            path.read_text()
+        ).body:  # imports inside functions run later
+            if (
+                isinstance(node, ast.ImportFrom)
+                and node.module
+                and node.module.startswith("nightdesk")
+            ):
                 edges |= {
                     target
                     for alias in node.names

@@ -58,9 +58,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from nightdesk.abc import Desk, OpportunityHandler, Task
-    from nightdesk.config import Config
     from nightdesk.compat.execution import TaskManager
     from nightdesk.compat.registration import TaskConfig
+    from nightdesk.config import Config
     from nightdesk.model.context import (
         TaskContext,
         TaskExecutionResult,

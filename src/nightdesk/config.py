@@ -23,11 +23,9 @@ __all__ = [
 ]
 
 
-class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    pass
-
-
-class StateConfig(_Section):
+class StateConfig(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
+):
     """Where the desk remembers. `directory` is relative to the working directory."""
 
     store: Literal["sqlite", "files", "memory"] = "sqlite"
@@ -35,7 +33,9 @@ class StateConfig(_Section):
     keep_completed_hours: float = 24.0
 
 
-class KernelConfig(_Section):
+class KernelConfig(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
+):
     """The loop and the switch.
 
     Attributes:
@@ -58,7 +58,9 @@ class KernelConfig(_Section):
     watchdog_lag_ms: int = 250
 
 
-class BackgroundConfig(_Section):
+class BackgroundConfig(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
+):
     """Child processes for background tasks; 0 hosts runs everything in one loop.
 
     A host whose loop stands still for `stall_s`, or that grows past `memory_mb`, is killed,
@@ -70,7 +72,7 @@ class BackgroundConfig(_Section):
     memory_mb: int = 512
 
 
-class RiskConfig(_Section):
+class RiskConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Limits of the gate. None switches one off. Money in quote units."""
 
     max_notional_per_order: Decimal | None = Decimal("100000")
@@ -84,7 +86,9 @@ class RiskConfig(_Section):
     starting_equity: Decimal = Decimal("10000")
 
 
-class VenueConfig(_Section):
+class VenueConfig(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
+):
     """One venue. `options` are the keyword arguments of its class."""
 
     name: str
@@ -92,7 +96,9 @@ class VenueConfig(_Section):
     options: dict[str, Any] = {}
 
 
-class SourceConfig(_Section):
+class SourceConfig(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
+):
     """One source of events. `options` are the keyword arguments of its class."""
 
     name: str
@@ -100,7 +106,7 @@ class SourceConfig(_Section):
     options: dict[str, Any] = {}
 
 
-class TaskEntry(_Section):
+class TaskEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One task. `params` are the fields of its context; None keeps the default of the task's class."""
 
     id: str
@@ -115,7 +121,7 @@ class TaskEntry(_Section):
     enabled: bool = True
 
 
-class Config(_Section):
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole desk.
 
     Attributes:

@@ -27,6 +27,7 @@ from nightdesk.abc import (
 from nightdesk.config import Config
 from nightdesk.contexts import Checkpoints
 from nightdesk.errors import (
+    DeskHaltedError,
     NightdeskError,
     NoTasksError,
     OrderDeniedError,
@@ -206,6 +207,11 @@ class TradingDesk(Observer):
         laps.end("orders")
         for line in self.recovery.lines():
             self.log.info("recovery", step=line)
+        if self.recovery.differences:
+            self.exit_code = DeskHaltedError.exit_code
+            self.alert(
+                "critical", "recovery", str(DeskHaltedError(self.recovery.differences))
+            )
         await self.roster.restore(entries)
         laps.end("tasks")
         await self.scheduler.start()
@@ -268,13 +274,18 @@ class TradingDesk(Observer):
 
     async def abandon(self) -> None:
         """Undo a start that failed half-way, as far as it came; the state stays as it was."""
-        for part in (*self.sources.values(), *self.venues.values(), self.store):
+        doors: list[Source | Venue] = [*self.sources.values(), *self.venues.values()]
+        undo = [
+            *(door.stop for door in doors),
+            lambda: self.roster.stop(1.0),
+            self.orders.stop,
+            self.store.stop,
+        ]
+        for step in undo:
             try:
-                await part.stop()
+                await step()
             except Exception as error:
-                self.log.debug(
-                    "abandoned start", part=type(part).__name__, error=str(error)
-                )
+                self.log.debug("abandoned start", error=str(error))
 
     def look_at_flag_file(self) -> None:
         """Check the kill switch's flag file now instead of at the next tick."""
@@ -289,7 +300,7 @@ class TradingDesk(Observer):
         )
         self.watchdog.start()
         self._chore(self._reconcile_often())
-        self._chore(self._watch_flag_file())
+        self._chore(self._watch_safety())
         self.collector = Collector(self.loop)
         self.collector.start()
 
@@ -307,11 +318,13 @@ class TradingDesk(Observer):
             except NightdeskError as error:
                 self.log.warning("sweep failed", error=str(error), next="again in 15 s")
 
-    async def _watch_flag_file(self) -> None:
-        """The kill switch that needs no control socket (S-14)."""
+    async def _watch_safety(self) -> None:
+        """Obey the kill switch that needs no control socket (S-14), and the daily loss without an order."""
         while True:
-            await self.clock.sleep(0.1)
-            await self.gate.check_flag_file(self.directory / "HALT")
+            for _ in range(10):
+                await self.clock.sleep(0.1)
+                await self.gate.check_flag_file(self.directory / "HALT")
+            self.gate.check_losses()
 
     # --- what the rooms report ---------------------------------------------------------------------
 

@@ -413,7 +413,9 @@ class Host(Observer):
                 self._held_back.append(registration)
                 return
         try:
-            self.scheduler.add(registration, status=spec.status or None)
+            self.scheduler.add(
+                registration, status=spec.status or None, streak=spec.streak
+            )
             if spec.adjustments:
                 changes = loading.adjustments(spec.adjustments)
                 self.scheduler.adjust(spec.task_id, **changes)

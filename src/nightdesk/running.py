@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import cast
 
 from nightdesk import wiring
 from nightdesk.config import Config
@@ -32,8 +33,9 @@ def run(config: Config, *, view: View | None = None) -> int:
         NightdeskError: It could not start; `exit_code` of the error is the process's.
     """
     if config.virtual_time:
-        loop: asyncio.AbstractEventLoop = in_lanes(VirtualLoop)(config.seed)
-        clock = VirtualClock(loop, wiring.start_of_recordings(config))
+        virtual = cast(VirtualLoop, in_lanes(VirtualLoop)(config.seed))
+        clock = VirtualClock(virtual, wiring.start_of_recordings(config))
+        loop: asyncio.AbstractEventLoop = virtual
         desk = TradingDesk(config, loop, clock)
     else:
         loop = new_event_loop(config.kernel.loop, config.kernel.slice_us)

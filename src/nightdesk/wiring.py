@@ -45,12 +45,18 @@ async def build_venue(entry: VenueConfig, config: Config, directory: Path) -> Ve
     if entry.type == "paper":
         return await build_paper_venue(entry, config, directory)
     kind = loading.load_class("venue", entry.type, config.search_path)
-    return _construct(kind, entry.name, entry.options, config, f"venues.{entry.name}")
+    venue: Venue = _construct(
+        kind, entry.name, entry.options, config, f"venues.{entry.name}"
+    )
+    return venue
 
 
 def build_source(entry: SourceConfig, config: Config) -> Source:
     kind = loading.load_class("source", entry.type, config.search_path)
-    return _construct(kind, entry.name, entry.options, config, f"sources.{entry.name}")
+    source: Source = _construct(
+        kind, entry.name, entry.options, config, f"sources.{entry.name}"
+    )
+    return source
 
 
 def _construct(

@@ -107,7 +107,10 @@ def play(
             if clean:
                 await desk.stop()
             else:
-                for part in (*desk.venues.values(), desk.store):  # their files are let go, nothing is tidied
+                for part in (
+                    *desk.venues.values(),
+                    desk.store,
+                ):  # their files are let go, nothing is tidied
                     await part.stop()
 
     try:

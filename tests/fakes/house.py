@@ -8,7 +8,6 @@ from typing import Any
 from fakes.clock import ManualClock
 from fakes.store import CrashableStore
 from fakes.venue import FakeVenue
-
 from nightdesk.abc import Observer
 from nightdesk.config import RiskConfig
 from nightdesk.model.events import Event, OrderEvent, QuoteChanged
@@ -32,7 +31,14 @@ class Listener(Observer):
         self.orders.append((order, event))
 
 
-def quote(bid: str = "100", ask: str = "100.2", *, venue: str = "A", symbol: str = "BTC/USDT", ns: int = 0) -> QuoteChanged:
+def quote(
+    bid: str = "100",
+    ask: str = "100.2",
+    *,
+    venue: str = "A",
+    symbol: str = "BTC/USDT",
+    ns: int = 0,
+) -> QuoteChanged:
     return QuoteChanged(
         symbol=symbol,
         venue=venue,
@@ -44,7 +50,9 @@ def quote(bid: str = "100", ask: str = "100.2", *, venue: str = "A", symbol: str
     )
 
 
-def request(quantity: str = "1", price: str | None = "100", side: Side = Side.BUY, **more: Any) -> OrderRequest:
+def request(
+    quantity: str = "1", price: str | None = "100", side: Side = Side.BUY, **more: Any
+) -> OrderRequest:
     return OrderRequest(
         symbol=more.pop("symbol", "BTC/USDT"),
         venue=more.pop("venue", "A"),
@@ -73,8 +81,12 @@ class House:
         self.venues = {self.venue.name: self.venue}
         self.listener = Listener()
         self.events: list[Event] = []
-        self.quotes = {self.venue.name: quote(venue=self.venue.name, ns=self.clock.now_ns())}
-        self.limits = limits or RiskConfig(max_quote_age_s=1e9, max_orders_per_s=100_000)
+        self.quotes = {
+            self.venue.name: quote(venue=self.venue.name, ns=self.clock.now_ns())
+        }
+        self.limits = limits or RiskConfig(
+            max_quote_age_s=1e9, max_orders_per_s=100_000
+        )
         self.positions = Positions()
         self.gate = Gate(
             self.limits,
@@ -101,7 +113,9 @@ class House:
         )
 
     def instrument(self, symbol: str, venue: str) -> Any:
-        return self.venue.instruments().get(symbol) if venue == self.venue.name else None
+        return (
+            self.venue.instruments().get(symbol) if venue == self.venue.name else None
+        )
 
     def emit(self, event: Event) -> None:
         self.events.append(event)

@@ -114,9 +114,9 @@ class RunningDesk:
 
     def until_up(self, timeout_s: float = 30.0) -> bool:
         """Wait until the desk answers; False if it ended or did not in time."""
-        return bool(until(lambda: not self.is_alive or self.ask("status"), timeout_s)) and (
-            self.is_alive
-        )
+        return bool(
+            until(lambda: not self.is_alive or self.ask("status"), timeout_s)
+        ) and (self.is_alive)
 
     def children(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):

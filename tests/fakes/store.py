@@ -29,7 +29,9 @@ class CrashableStore(Store):
         hook: Called at `save`, before anything is queued, and at `saved`, once it is durable; may raise.
     """
 
-    def __init__(self, disk: dict[tuple[str, str], Record] | None = None, epoch: int = 1) -> None:
+    def __init__(
+        self, disk: dict[tuple[str, str], Record] | None = None, epoch: int = 1
+    ) -> None:
         self.disk = {} if disk is None else disk
         self.epoch = epoch
         self.hook: Hook = lambda point: None
@@ -37,7 +39,9 @@ class CrashableStore(Store):
         self.bad: list[tuple[str, str, str]] = []
         self.batches: list[list[Put | Delete]] = []
         self._queue: list[list[Put | Delete]] = []
-        self._sequence = max((record.sequence for record in self.disk.values()), default=0)
+        self._sequence = max(
+            (record.sequence for record in self.disk.values()), default=0
+        )
 
     async def start(self) -> None:
         pass
@@ -61,7 +65,13 @@ class CrashableStore(Store):
                 self._sequence += 1
                 name = (operation.kind, operation.key)
                 if isinstance(operation, Put):
-                    self.disk[name] = Record(*name, operation.data, operation.shelf, self.epoch, self._sequence)
+                    self.disk[name] = Record(
+                        *name,
+                        operation.data,
+                        operation.shelf,
+                        self.epoch,
+                        self._sequence,
+                    )
                 else:
                     self.disk.pop(name, None)
         del self._queue[:count]
@@ -72,7 +82,9 @@ class CrashableStore(Store):
 
     async def load(self, kind: str, shelf: Shelf | None = None) -> list[Record]:
         self.flush()
-        found = [r for r in self.disk.values() if r.kind == kind and shelf in (None, r.shelf)]
+        found = [
+            r for r in self.disk.values() if r.kind == kind and shelf in (None, r.shelf)
+        ]
         return sorted(found, key=lambda record: record.sequence)
 
     async def get(self, kind: str, key: str) -> Record | None:

@@ -47,7 +47,14 @@ class FakeVenue(Venue):
         hook: Called at every entry and exit of a request; may raise.
     """
 
-    def __init__(self, name: str = "A", *, lookup: str = "all", expiry_s: float = 0.0, index_lag_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        name: str = "A",
+        *,
+        lookup: str = "all",
+        expiry_s: float = 0.0,
+        index_lag_s: float = 0.0,
+    ) -> None:
         self.name = name
         self.lookup = lookup
         self.expiry_s = expiry_s
@@ -62,15 +69,24 @@ class FakeVenue(Venue):
         self.hook: Callable[[str], None] = lambda point: None
         self.orders: dict[str, VenueOrder] = {}
         self.trades: list[Fill] = []
-        self.deposits: dict[str, Decimal] = {"BTC": Decimal(10), "USDT": Decimal(100_000)}
+        self.deposits: dict[str, Decimal] = {
+            "BTC": Decimal(10),
+            "USDT": Decimal(100_000),
+        }
         self.skew_ns = 0
         self._placed_ns: dict[str, int] = {}
-        self._instruments = {"BTC/USDT": btc(name)}
+        self.listed = {"BTC/USDT": btc(name)}
         self._emit: Emit = lambda event: None
 
     # What a test says -----------------------------------------------------------------------------
 
-    def fill(self, client_order_id: str, quantity: str | Decimal, price: str | None = None, fee: str = "0") -> Fill:
+    def fill(
+        self,
+        client_order_id: str,
+        quantity: str | Decimal,
+        price: str | None = None,
+        fee: str = "0",
+    ) -> Fill:
         order = self.orders[client_order_id]
         quantity = min(Decimal(quantity), order.quantity - order.filled_quantity)
         filled = order.filled_quantity + quantity
@@ -88,18 +104,40 @@ class FakeVenue(Venue):
             ts_event_ns=self._clock.now_ns(),
         )
         self.trades.append(fill)
-        status = OrderStatus.FILLED if filled == order.quantity else OrderStatus.PARTIALLY_FILLED
+        status = (
+            OrderStatus.FILLED
+            if filled == order.quantity
+            else OrderStatus.PARTIALLY_FILLED
+        )
         self._change(client_order_id, filled_quantity=filled, status=status)
-        self._tell(OrderFilled(**self._names(client_order_id), fill=fill, ts_event_ns=fill.ts_event_ns))
+        self._tell(
+            OrderFilled(
+                **self._names(client_order_id), fill=fill, ts_event_ns=fill.ts_event_ns
+            )
+        )
         return fill
 
-    def end(self, client_order_id: str, status: OrderStatus = OrderStatus.CANCELED) -> None:
+    def end(
+        self, client_order_id: str, status: OrderStatus = OrderStatus.CANCELED
+    ) -> None:
         self._change(client_order_id, status=status)
         kind = OrderExpired if status is OrderStatus.EXPIRED else OrderCanceled
         filled = self.orders[client_order_id].filled_quantity
-        self._tell(kind(**self._names(client_order_id), filled_quantity=filled, ts_event_ns=self._clock.now_ns()))
+        self._tell(
+            kind(
+                **self._names(client_order_id),
+                filled_quantity=filled,
+                ts_event_ns=self._clock.now_ns(),
+            )
+        )
 
-    def place(self, client_order_id: str, quantity: str = "1", price: str = "100", side: Side = Side.BUY) -> VenueOrder:
+    def place(
+        self,
+        client_order_id: str,
+        quantity: str = "1",
+        price: str = "100",
+        side: Side = Side.BUY,
+    ) -> VenueOrder:
         """An order that no desk of ours has on record."""
         order = VenueOrder(
             venue=self.name,
@@ -139,7 +177,7 @@ class FakeVenue(Venue):
         pass
 
     def instruments(self) -> Mapping[str, Instrument]:
-        return self._instruments
+        return self.listed
 
     async def submit(self, order: Order) -> str:
         self.hook("submit")
@@ -205,7 +243,9 @@ class FakeVenue(Venue):
         found = self.orders.get(client_order_id)
         if found is None or not self._is_indexed(found):
             return None
-        return None if self.lookup == "open_only" and not found.status.is_open else found
+        return (
+            None if self.lookup == "open_only" and not found.status.is_open else found
+        )
 
     async def open_orders(self) -> list[VenueOrder]:
         self._question("open_orders")
@@ -246,7 +286,9 @@ class FakeVenue(Venue):
         self._placed_ns[order.client_order_id] = self._clock.now_ns()
 
     def _change(self, client_order_id: str, **changes: Any) -> None:
-        self.orders[client_order_id] = msgspec.structs.replace(self.orders[client_order_id], **changes)
+        self.orders[client_order_id] = msgspec.structs.replace(
+            self.orders[client_order_id], **changes
+        )
 
     def _names(self, client_order_id: str) -> dict[str, Any]:
         order = self.orders[client_order_id]

@@ -91,7 +91,9 @@ def offenders(desk: RunningDesk) -> dict[str, dict[str, Any]]:
     return {each["task_id"]: each for each in desk.ask("status").get("offenders", [])}
 
 
-def watch_names(desk: RunningDesk, names: tuple[str, ...], patience_s: float) -> dict[str, float]:
+def watch_names(
+    desk: RunningDesk, names: tuple[str, ...], patience_s: float
+) -> dict[str, float]:
     """Return after how many seconds each was named."""
     begun, named = time.monotonic(), dict[str, float]()
 
@@ -136,13 +138,23 @@ def busy_desk(check: Check, folder: Path, count: int, seconds: float) -> None:
             time.sleep(1.0)
         status_s.sort()
         p50, worst = status_s[len(status_s) // 2], status_s[-1]
-        check("status answers within 300 ms", worst <= 0.3, f"p50 {p50 * 1e3:.0f} ms, max {worst * 1e3:.0f} ms")
+        check(
+            "status answers within 300 ms",
+            worst <= 0.3,
+            f"p50 {p50 * 1e3:.0f} ms, max {worst * 1e3:.0f} ms",
+        )
         check("the desk takes 400 MB at most", 0 < largest <= 400, f"{largest:.0f} MB")
         hosts = [child.memory_info().rss / 1e6 for child in desk.children()]
-        print(f"         background hosts now: {', '.join(f'{mb:.0f} MB' for mb in hosts)}")
+        print(
+            f"         background hosts now: {', '.join(f'{mb:.0f} MB' for mb in hosts)}"
+        )
         scheduler = status.get("scheduler", {})
         p99_ms = scheduler.get("lag_p99_s", 9.0) * 1e3
-        check("cycles begin at most 10 ms late (p99)", p99_ms <= 10, f"{p99_ms:.2f} ms of {scheduler.get('runs')} cycles")
+        check(
+            "cycles begin at most 10 ms late (p99)",
+            p99_ms <= 10,
+            f"{p99_ms:.2f} ms of {scheduler.get('runs')} cycles",
+        )
         judge_tasks(check, desk, count, time.monotonic() - began)
         judge_log(check, desk)
         begun = time.monotonic()
@@ -151,24 +163,46 @@ def busy_desk(check: Check, folder: Path, count: int, seconds: float) -> None:
         took = time.monotonic() - begun
         check("`nightdesk stop` ends within 15 s", took <= 15, f"{took:.1f} s")
         check("and says so", told.returncode == 0, (told.stdout + told.stderr).strip())
-        check("the exit code is 0", desk.process.returncode == 0, desk.process.returncode)
-        check("no host is left", not until(lambda: not desk.children(), 3) is False, len(desk.children()))
-        check("who would not stop is in the log", '"would not stop"' in desk.said().replace("task would", '"would') or "task would not stop" in desk.said())
+        check(
+            "the exit code is 0", desk.process.returncode == 0, desk.process.returncode
+        )
+        check(
+            "no host is left",
+            not until(lambda: not desk.children(), 3) is False,
+            len(desk.children()),
+        )
+        check(
+            "who would not stop is in the log",
+            '"would not stop"' in desk.said().replace("task would", '"would')
+            or "task would not stop" in desk.said(),
+        )
 
 
 def judge_tasks(check: Check, desk: RunningDesk, count: int, seconds: float) -> None:
     lines = desk.ask("tasks").get("tasks", [])
     share, ticks = missed_share(lines)
-    check("the harmless miss less than 1 % of their ticks", share < 0.01, f"{share:.4%} of {ticks}")
+    check(
+        "the harmless miss less than 1 % of their ticks",
+        share < 0.01,
+        f"{share:.4%} of {ticks}",
+    )
     enough = count * (seconds - 3)
     check("and had them all", ticks >= enough, f"{ticks} in {seconds:.0f} s")
     by_name = {line["task_id"]: line for line in lines}
     for name in ("raises", "raises-here"):
         line = by_name.get(name, {})
-        check(f"{name} started 8 times at most", 2 <= line.get("runs", 99) <= 8, f"{line.get('runs')} times, now {line.get('status')}")
+        check(
+            f"{name} started 8 times at most",
+            2 <= line.get("runs", 99) <= 8,
+            f"{line.get('runs')} times, now {line.get('status')}",
+        )
     for name in ("swallows", "swallows-here"):
         line = by_name.get(name, {})
-        check(f"{name} is in quarantine", line.get("status") == "quarantined", line.get("why", "")[:120])
+        check(
+            f"{name} is in quarantine",
+            line.get("status") == "quarantined",
+            line.get("why", "")[:120],
+        )
     for name in ("leaks", "blocks"):
         line = by_name.get(name, {})
         print(f"         {name}: {line.get('status')}: {line.get('why', '')[:160]!r}")
@@ -177,7 +211,11 @@ def judge_tasks(check: Check, desk: RunningDesk, count: int, seconds: float) -> 
 def judge_log(check: Check, desk: RunningDesk) -> None:
     size = sum(path.stat().st_size for path in desk.state.glob("log.jsonl*"))
     a_minute = size / (desk.age_s / 60)
-    check("the log grows by 1 MB a minute at most", a_minute <= 1e6, f"{a_minute / 1e3:.0f} kB a minute")
+    check(
+        "the log grows by 1 MB a minute at most",
+        a_minute <= 1e6,
+        f"{a_minute / 1e3:.0f} kB a minute",
+    )
 
 
 def blocked_desk(check: Check, folder: Path) -> None:
@@ -194,24 +232,35 @@ def blocked_desk(check: Check, folder: Path) -> None:
             return
         found = until(lambda: offenders(desk).get("blocks-here"), 15)
         check("blocks-here is named", bool(found), (found or {}).get("detail"))
-        check("with the line it stands at", "time.sleep(5)" in (found or {}).get("stack", ""))
+        check(
+            "with the line it stands at",
+            "time.sleep(5)" in (found or {}).get("stack", ""),
+        )
         lag = float((found or {}).get("detail", "99").split()[0])
         check("and within 1 s of holding the loop", lag <= 1.0, f"{lag:.2f} s")
-        check("the desk says that it is degraded", desk.ask("status").get("degraded") is True)
+        check(
+            "the desk says that it is degraded",
+            desk.ask("status").get("degraded") is True,
+        )
         took = desk.stop()
         check("the desk stops within 15 s", took <= 15, f"{took:.1f} s")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=120.0, help="how long the first desk runs")
+    parser.add_argument(
+        "--seconds", type=float, default=120.0, help="how long the first desk runs"
+    )
     parser.add_argument("--count", type=int, default=10_000, help="harmless tasks")
     parser.add_argument("--keep", action="store_true", help="keep the folders")
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="nightdesk-neighbours-"))
     check = Check()
     try:
-        for name, story in (("busy", lambda c, f: busy_desk(c, f, options.count, options.seconds)), ("blocked", blocked_desk)):
+        for name, story in (
+            ("busy", lambda c, f: busy_desk(c, f, options.count, options.seconds)),
+            ("blocked", blocked_desk),
+        ):
             folder = root / name
             folder.mkdir()
             story(check, folder)

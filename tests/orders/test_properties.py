@@ -5,7 +5,7 @@ import random
 from decimal import Decimal
 
 from fakes.house import House, request
-from fakes.venue import FakeVenue
+from fakes.venue import FakeVenue, btc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +15,16 @@ from nightdesk.model.order import OrderStatus
 D = Decimal
 TOTAL, CHILD = D("1.000"), D("0.300")
 FAULTY_CYCLES, MOST_CYCLES = 40, 400
-SUBMITS = ["accept", "accept", "reject", "lost_reply", "lost_request", "garbage", "fill:0.1", "fill:0.3"]
+SUBMITS = [
+    "accept",
+    "accept",
+    "reject",
+    "lost_reply",
+    "lost_request",
+    "garbage",
+    "fill:0.1",
+    "fill:0.3",
+]
 CANCELS = ["ok", "lost_reply", "lost_request", "filled_first"]
 
 
@@ -26,10 +35,13 @@ class Crash(BaseException):
 class Life:
     """One desk after the other over one venue, each dying at its own crash point."""
 
-    def __init__(self, seed: int, crashes: list[int], lookup: str, expiry_s: float, lag_s: float) -> None:
+    def __init__(
+        self, seed: int, crashes: list[int], lookup: str, expiry_s: float, lag_s: float
+    ) -> None:
         self.dice = random.Random(seed)
         self.crashes = crashes
         self.venue = FakeVenue(lookup=lookup, expiry_s=expiry_s, index_lag_s=lag_s)
+        self.venue.listed = {"BTC/USDT": btc(min_notional=D(0))}
         self.house = House(self.venue)
         self.dead = False
         self.deaths = 0
@@ -51,7 +63,9 @@ class Life:
     async def bury(self) -> None:
         self.deaths += 1
         await self.house.orders.stop()
-        self.house = self.house.next(keep=self.dice.randint(0, self.house.store.waiting))
+        self.house = self.house.next(
+            keep=self.dice.randint(0, self.house.store.waiting)
+        )
 
     def _countdown(self, left: int | None):  # type: ignore[no-untyped-def]
         def hook(point: str) -> None:
@@ -82,7 +96,11 @@ class Life:
         filled = sum((order.filled_quantity for order in mine), D(0))
         working = sum((order.working_quantity for order in mine), D(0))
         assert filled + working <= TOTAL
-        live = [o for o in mine if o.status in (OrderStatus.ACCEPTED, OrderStatus.PARTIALLY_FILLED)]
+        live = [
+            o
+            for o in mine
+            if o.status in (OrderStatus.ACCEPTED, OrderStatus.PARTIALLY_FILLED)
+        ]
         if live and faulty and self.dice.random() < 0.3:
             self.venue.cancels.append(self.dice.choice(CANCELS))
             await orders.cancel(live[-1].client_order_id)
@@ -104,7 +122,10 @@ class Life:
             chance = dice.random()
             if chance < 0.3 or not faulty:
                 most = int((order.quantity - order.filled_quantity) * 1000)
-                venue.fill(order.client_order_id, D(dice.randint(1, most) if faulty else most) / 1000)
+                venue.fill(
+                    order.client_order_id,
+                    D(dice.randint(1, most) if faulty else most) / 1000,
+                )
             elif chance < 0.4:
                 venue.end(order.client_order_id)
         if dice.random() < 0.5 or not faulty:
@@ -140,13 +161,21 @@ def judge(life: Life) -> None:
     assert len(sent) == len(set(sent))
     assert venue.executed == TOTAL
     assert venue.working() == []
-    assert {fill.key for fill in orders.fills(1000)} == {fill.key for fill in venue.trades}
+    assert {fill.key for fill in orders.fills(1000)} == {
+        fill.key for fill in venue.trades
+    }
     assert orders.fill_count == len(venue.trades)
     assert life.house.positions.of("BTC/USDT", "A").quantity == TOTAL
     assert all(order.status.is_terminal for order in orders.orders_of("t"))
     assert len(life.house.gate.exposure) == 0
     cost = sum((fill.price * fill.quantity for fill in venue.trades), D(0))
-    assert sum((o.filled_quantity * (o.average_price or 0) for o in orders.orders_of("t")), D(0)) == cost
+    assert (
+        sum(
+            (o.filled_quantity * (o.average_price or 0) for o in orders.orders_of("t")),
+            D(0),
+        )
+        == cost
+    )
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -28,7 +28,14 @@ from nightdesk.orders.ledger import Ledger
 D = Decimal
 
 
-def fill(trade: str, quantity: str, price: str = "100", cid: str = "", voi: str = "v1", **more: Any) -> Fill:
+def fill(
+    trade: str,
+    quantity: str,
+    price: str = "100",
+    cid: str = "",
+    voi: str = "v1",
+    **more: Any,
+) -> Fill:
     return Fill(
         venue="A",
         symbol="BTC/USDT",
@@ -43,7 +50,12 @@ def fill(trade: str, quantity: str, price: str = "100", cid: str = "", voi: str 
 
 
 def names(cid: str) -> dict[str, Any]:
-    return {"venue": "A", "symbol": "BTC/USDT", "client_order_id": cid, "venue_order_id": "v1"}
+    return {
+        "venue": "A",
+        "symbol": "BTC/USDT",
+        "client_order_id": cid,
+        "venue_order_id": "v1",
+    }
 
 
 # --- submit -------------------------------------------------------------------------------------------
@@ -52,7 +64,9 @@ def names(cid: str) -> dict[str, Any]:
 async def test_the_intent_is_durable_before_the_venue_hears_of_it() -> None:
     house = await House().open()
     seen: list[Any] = []
-    house.venue.hook = lambda point: seen.append((point, [key for kind, key in house.store.disk if kind == "order"]))
+    house.venue.hook = lambda point: seen.append(
+        (point, [key for kind, key in house.store.disk if kind == "order"])
+    )
 
     order = await house.orders.submit("t", request())
 
@@ -106,12 +120,18 @@ async def test_a_rejected_order_gives_its_reservation_back() -> None:
     assert order.status is OrderStatus.REJECTED
     assert order.reason == "INSUFFICIENT_BALANCE: not enough"
     assert len(house.gate.exposure) == 0
-    assert house.store.disk[("order", order.client_order_id)] if house.store.flush() is None else None
+    assert (
+        house.store.disk[("order", order.client_order_id)]
+        if house.store.flush() is None
+        else None
+    )
     assert house.store.disk[("order", order.client_order_id)].shelf == "completed"
 
 
 @pytest.mark.parametrize("answer", ["lost_reply", "garbage"])
-async def test_t13_a_lost_reply_is_resolved_by_its_id_and_never_resent(answer: str) -> None:
+async def test_t13_a_lost_reply_is_resolved_by_its_id_and_never_resent(
+    answer: str,
+) -> None:
     house = await House().open()
     house.venue.submits.append(answer)
 
@@ -142,7 +162,9 @@ async def test_an_unknown_order_blocks_its_symbol_until_it_is_proven() -> None:
     assert proven.reason is not None
     assert "again" in proven.reason
     assert "open orders" in proven.reason
-    assert (await house.orders.submit("other", request())).status is OrderStatus.ACCEPTED
+    assert (
+        await house.orders.submit("other", request())
+    ).status is OrderStatus.ACCEPTED
 
 
 async def test_a_failed_question_is_never_evidence() -> None:
@@ -155,7 +177,10 @@ async def test_a_failed_question_is_never_evidence() -> None:
         await house.settle(5)
 
     assert house.orders.order(order.client_order_id).status is OrderStatus.UNKNOWN  # type: ignore[union-attr]
-    assert any("is unresolved after 10 look-ups" in text for _, _, text in house.listener.alerts)
+    assert any(
+        "is unresolved after 10 look-ups" in text
+        for _, _, text in house.listener.alerts
+    )
     house.venue.failing = 0
     await house.settle(10)
     assert house.orders.order(order.client_order_id).status is OrderStatus.REJECTED  # type: ignore[union-attr]
@@ -175,7 +200,9 @@ async def test_a_venue_clock_behind_ours_delays_the_negative() -> None:
     assert house.orders.order(order.client_order_id).status is OrderStatus.REJECTED  # type: ignore[union-attr]
 
 
-async def test_a_task_cancelled_while_the_request_is_under_way_leaves_the_order_unknown() -> None:
+async def test_a_task_cancelled_while_the_request_is_under_way_leaves_the_order_unknown() -> (
+    None
+):
     house = await House().open()
     work = asyncio.ensure_future(house.orders.submit("t", request()))
     while not house.venue.orders:
@@ -212,7 +239,11 @@ async def test_a_task_cancelled_before_the_send_leaves_a_rejected_order() -> Non
 
 async def test_a_halt_that_falls_during_the_save_stops_the_send() -> None:
     house = await House().open()
-    house.store.hook = lambda point: house.gate.halt_now("test", "op") if point == "saved" and house.gate.state == "ACTIVE" else None
+    house.store.hook = lambda point: (
+        house.gate.halt_now("test", "op")
+        if point == "saved" and house.gate.state == "ACTIVE"
+        else None
+    )
 
     order = await house.orders.submit("t", request())
 
@@ -286,7 +317,9 @@ async def test_a_cancel_that_never_arrived_is_taken_back_once_it_is_void() -> No
 
     await house.orders.cancel(order.client_order_id)
     await house.settle(1)
-    assert house.orders.order(order.client_order_id).status is OrderStatus.PENDING_CANCEL  # type: ignore[union-attr]
+    assert (
+        house.orders.order(order.client_order_id).status is OrderStatus.PENDING_CANCEL
+    )  # type: ignore[union-attr]
     await house.settle(5)
 
     assert house.orders.order(order.client_order_id).status is OrderStatus.ACCEPTED  # type: ignore[union-attr]
@@ -294,7 +327,9 @@ async def test_a_cancel_that_never_arrived_is_taken_back_once_it_is_void() -> No
     assert house.orders.order(order.client_order_id).status is OrderStatus.CANCELED  # type: ignore[union-attr]
 
 
-async def test_t22_an_end_that_names_more_fills_than_are_booked_waits_for_them() -> None:
+async def test_t22_an_end_that_names_more_fills_than_are_booked_waits_for_them() -> (
+    None
+):
     house = await House().open()
     order = await house.orders.submit("t", request())
     house.venue.telling = "drop"
@@ -314,12 +349,16 @@ async def test_t22_an_end_that_names_more_fills_than_are_booked_waits_for_them()
     assert (ended.status, ended.filled_quantity) == (OrderStatus.CANCELED, D("0.4"))
 
 
-async def test_cancel_of_an_unknown_id_says_so_and_of_an_ended_order_asks_nobody() -> None:
+async def test_cancel_of_an_unknown_id_says_so_and_of_an_ended_order_asks_nobody() -> (
+    None
+):
     house = await House().open()
     order = await house.orders.submit("t", request())
     house.venue.end(order.client_order_id)
 
-    assert (await house.orders.cancel(order.client_order_id)).status is OrderStatus.CANCELED
+    assert (
+        await house.orders.cancel(order.client_order_id)
+    ).status is OrderStatus.CANCELED
     with pytest.raises(NightdeskError, match="no order 'x'"):
         await house.orders.cancel("x")
 
@@ -337,34 +376,84 @@ def story(*events: OrderEvent) -> set[str]:
     states = set()
     for order_of_events in permutations(events):
         ledger = Ledger("tst")
-        ledger.add(Order(client_order_id=CID, task_id="t", request=request(), status=OrderStatus.SUBMITTED))
+        ledger.add(
+            Order(
+                client_order_id=CID,
+                task_id="t",
+                request=request(),
+                status=OrderStatus.SUBMITTED,
+            )
+        )
         for event in order_of_events:
             ledger.apply(event, 7)
         final = ledger.order(CID)
         fees = sorted(final.fees.items()) if final else None
-        states.add(str(msgspec.to_builtins(msgspec.structs.replace(final, fees={}), enc_hook=str)) + str(fees))
+        states.add(
+            str(
+                msgspec.to_builtins(
+                    msgspec.structs.replace(final, fees={}), enc_hook=str
+                )
+            )
+            + str(fees)
+        )
     return states
 
 
 ACCEPTED = OrderAccepted(**names(CID))
-ONE = OrderFilled(**names(CID), fill=fill("1", "0.3", "100.1", CID, fee=D("0.1"), fee_asset="USDT"))
-TWO = OrderFilled(**names(CID), fill=fill("2", "0.7", "100.3", CID, fee=D("0.0001"), fee_asset="BTC"))
-THREE = OrderFilled(**names(CID), fill=fill("3", "0.2", "99.7", CID, fee=D("0.2"), fee_asset="USDT"))
+ONE = OrderFilled(
+    **names(CID), fill=fill("1", "0.3", "100.1", CID, fee=D("0.1"), fee_asset="USDT")
+)
+TWO = OrderFilled(
+    **names(CID), fill=fill("2", "0.7", "100.3", CID, fee=D("0.0001"), fee_asset="BTC")
+)
+THREE = OrderFilled(
+    **names(CID), fill=fill("3", "0.2", "99.7", CID, fee=D("0.2"), fee_asset="USDT")
+)
 
 
 @pytest.mark.parametrize(
     "events",
     [
         (ACCEPTED, ONE, TWO, ONE, TWO, ACCEPTED),
-        (ACCEPTED, ONE, THREE, ONE, OrderCanceled(**names(CID), filled_quantity=D("0.5"), reason="user")),
-        (ACCEPTED, ONE, TWO, OrderUnknown(**names(CID), reason="timeout"), OrderCanceled(**names(CID), filled_quantity=D("0.3"))),
-        (OrderUnknown(**names(CID), reason="timeout"), ONE, THREE, OrderCanceled(**names(CID), filled_quantity=D("0.3")), ACCEPTED),
-        (ACCEPTED, ONE, TWO, OrderCanceled(**names(CID), filled_quantity=D(1)), OrderUnknown(**names(CID), reason="x"), TWO),
+        (
+            ACCEPTED,
+            ONE,
+            THREE,
+            ONE,
+            OrderCanceled(**names(CID), filled_quantity=D("0.5"), reason="user"),
+        ),
+        (
+            ACCEPTED,
+            ONE,
+            TWO,
+            OrderUnknown(**names(CID), reason="timeout"),
+            OrderCanceled(**names(CID), filled_quantity=D("0.3")),
+        ),
+        (
+            OrderUnknown(**names(CID), reason="timeout"),
+            ONE,
+            THREE,
+            OrderCanceled(**names(CID), filled_quantity=D("0.3")),
+            ACCEPTED,
+        ),
+        (
+            ACCEPTED,
+            ONE,
+            TWO,
+            OrderCanceled(**names(CID), filled_quantity=D(1)),
+            OrderUnknown(**names(CID), reason="x"),
+            TWO,
+        ),
         (OrderRejected(**names(CID), code="X", reason="y"), ACCEPTED, ONE, THREE, ONE),
-        (OrderRejected(**names(CID), code="X", reason="y"), OrderUnknown(**names(CID), reason="z")),
+        (
+            OrderRejected(**names(CID), code="X", reason="y"),
+            OrderUnknown(**names(CID), reason="z"),
+        ),
     ],
 )
-def test_f14_events_in_any_order_and_from_two_feeds_give_one_state(events: tuple[OrderEvent, ...]) -> None:
+def test_f14_events_in_any_order_and_from_two_feeds_give_one_state(
+    events: tuple[OrderEvent, ...],
+) -> None:
     assert len(story(*events)) == 1
 
 
@@ -387,7 +476,12 @@ async def test_order_fill_position_and_cursor_are_saved_in_one_batch() -> None:
     house.clock.jump(1)
     house.venue.fill(order.client_order_id, "0.5")
 
-    assert [put.kind for put in house.store.batches[-1]] == ["fill", "position", "cursor", "order"]
+    assert [put.kind for put in house.store.batches[-1]] == [
+        "fill",
+        "position",
+        "cursor",
+        "order",
+    ]
 
 
 async def test_an_overfill_is_booked_and_halts_the_symbol() -> None:
@@ -395,7 +489,12 @@ async def test_an_overfill_is_booked_and_halts_the_symbol() -> None:
     order = await house.orders.submit("t", request())
     house.venue.fill(order.client_order_id, "1")
 
-    house.emit(OrderFilled(**names(order.client_order_id), fill=fill("x", "0.2", cid=order.client_order_id)))
+    house.emit(
+        OrderFilled(
+            **names(order.client_order_id),
+            fill=fill("x", "0.2", cid=order.client_order_id),
+        )
+    )
 
     final = house.orders.order(order.client_order_id)
     assert final is not None
@@ -403,7 +502,10 @@ async def test_an_overfill_is_booked_and_halts_the_symbol() -> None:
     assert final.working_quantity == 0
     with pytest.raises(OrderDeniedError, match="SYMBOL_HALTED"):
         await house.orders.submit("t", request())
-    assert any("overfilled: quantity 1, filled 1.2" in text for _, _, text in house.listener.alerts)
+    assert any(
+        "overfilled: quantity 1, filled 1.2" in text
+        for _, _, text in house.listener.alerts
+    )
 
 
 async def test_a_foreign_fill_moves_the_position_and_no_order() -> None:
@@ -415,7 +517,9 @@ async def test_a_foreign_fill_moves_the_position_and_no_order() -> None:
     assert house.orders.recent() == []
 
 
-async def test_a_fill_that_names_only_the_venues_id_finds_its_order_before_and_after_the_ack() -> None:
+async def test_a_fill_that_names_only_the_venues_id_finds_its_order_before_and_after_the_ack() -> (
+    None
+):
     house = await House().open()
     house.venue.submits.append("lost_reply")
     order = await house.orders.submit("t", request())
@@ -436,14 +540,21 @@ async def test_a_late_fill_after_the_cancel_is_booked() -> None:
     order = await house.orders.submit("t", request())
     house.venue.end(order.client_order_id)
 
-    house.emit(OrderFilled(**names(order.client_order_id), fill=fill("late", "0.2", cid=order.client_order_id)))
+    house.emit(
+        OrderFilled(
+            **names(order.client_order_id),
+            fill=fill("late", "0.2", cid=order.client_order_id),
+        )
+    )
 
     final = house.orders.order(order.client_order_id)
     assert final is not None
     assert (final.status, final.filled_quantity) == (OrderStatus.CANCELED, D("0.2"))
 
 
-async def test_an_order_that_lives_although_it_counted_as_rejected_halts_its_symbol() -> None:
+async def test_an_order_that_lives_although_it_counted_as_rejected_halts_its_symbol() -> (
+    None
+):
     house = await House().open()
     house.venue.submits.append("reject")
     order = await house.orders.submit("t", request())
@@ -462,7 +573,9 @@ async def test_the_owner_and_the_observers_hear_every_change() -> None:
     await house.orders.submit("t", request())
 
     assert woken == ["t"]
-    assert [type(event).__name__ for _, event in house.listener.orders] == ["OrderAccepted"]
+    assert [type(event).__name__ for _, event in house.listener.orders] == [
+        "OrderAccepted"
+    ]
 
 
 async def test_booking_goes_on_and_trading_halts_when_the_store_fails() -> None:
@@ -485,5 +598,10 @@ async def test_finished_orders_of_a_gone_task_move_to_the_archive() -> None:
     assert await house.orders.forget("t") == 1
 
     kinds = sorted(kind for kind, _ in house.store.disk)
-    assert kinds.count("archived_order") == kinds.count("archived_fill") == kinds.count("order") == 1
+    assert (
+        kinds.count("archived_order")
+        == kinds.count("archived_fill")
+        == kinds.count("order")
+        == 1
+    )
     assert len(house.orders.open_orders()) == 1

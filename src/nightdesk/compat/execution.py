@@ -15,10 +15,23 @@ import msgspec
 import structlog
 
 from nightdesk.abc import Record, Task
-from nightdesk.config import BackgroundConfig, Config, RiskConfig, SourceConfig, StateConfig, TaskEntry, VenueConfig
+from nightdesk.config import (
+    BackgroundConfig,
+    Config,
+    RiskConfig,
+    SourceConfig,
+    StateConfig,
+    TaskEntry,
+    VenueConfig,
+)
 from nightdesk.desk import TradingDesk
 from nightdesk.errors import RecordCorruptError
-from nightdesk.model.context import FINAL_STATES, TaskContext, TaskExecutionResult, TradingStrategyState
+from nightdesk.model.context import (
+    FINAL_STATES,
+    TaskContext,
+    TaskExecutionResult,
+    TradingStrategyState,
+)
 from nightdesk.model.order import Side
 from nightdesk.model.serializer import TaskSerializer, decode_context
 from nightdesk.reports import health
@@ -192,7 +205,9 @@ class DeltaNeutralTaskContext(delta_neutral.DeltaNeutralContext, kw_only=True):
     def __post_init__(self) -> None:
         self.symbol = str(self.symbol)
         if not self.venues:
-            self.venues = {side: str(name) for side, name in self.exchange_names.items()}
+            self.venues = {
+                side: str(name) for side, name in self.exchange_names.items()
+            }
         super().__post_init__()
 
 
@@ -200,7 +215,9 @@ class DeltaNeutralTask(delta_neutral.DeltaNeutralTask):
     context_class = DeltaNeutralTaskContext
     name = "DeltaNeutralTask"
 
-    def __init__(self, logger: Any, context: DeltaNeutralTaskContext, **kwargs: Any) -> None:
+    def __init__(
+        self, logger: Any, context: DeltaNeutralTaskContext, **kwargs: Any
+    ) -> None:
         super().__init__(context)
         self.logger = logger
 
@@ -218,7 +235,12 @@ class TaskManager:
     Pass a `Config` to trade elsewhere. Tasks may be added before or after `start`.
     """
 
-    def __init__(self, logger: Any = None, base_path: str = "task_data", config: Config | None = None) -> None:
+    def __init__(
+        self,
+        logger: Any = None,
+        base_path: str = "task_data",
+        config: Config | None = None,
+    ) -> None:
         self.logger = logger or get_hft_logger("task_manager")
         self.base_path = Path(base_path)
         self._config = config
@@ -232,7 +254,9 @@ class TaskManager:
             self._serial += 1
             symbol = str(getattr(task.context, "symbol", "")).replace("/", "")
             name = getattr(task, "name", type(task).__name__)
-            task.context = task.context.evolve(task_id=f"{name}_{symbol}_{_stamp()}_{self._serial}")
+            task.context = task.context.evolve(
+                task_id=f"{name}_{symbol}_{_stamp()}_{self._serial}"
+            )
         if self._desk is None:
             self._waiting.append(task)
         else:
@@ -243,7 +267,9 @@ class TaskManager:
         """Stop and forget a task; False if there is none."""
         if self._desk is None:
             before = len(self._waiting)
-            self._waiting = [task for task in self._waiting if task.context.task_id != task_id]
+            self._waiting = [
+                task for task in self._waiting if task.context.task_id != task_id
+            ]
             return len(self._waiting) < before
         return await self._desk.roster.remove(task_id)
 
@@ -269,7 +295,10 @@ class TaskManager:
 
     def get_task(self, task_id: str) -> Task[Any] | None:
         if self._desk is None:
-            return next((task for task in self._waiting if task.context.task_id == task_id), None)
+            return next(
+                (task for task in self._waiting if task.context.task_id == task_id),
+                None,
+            )
         local = self._desk.roster.local.get(task_id)
         return local.task if local else None
 
@@ -278,7 +307,10 @@ class TaskManager:
         """Tasks that have not reached a final state."""
         if self._desk is None:
             return len(self._waiting)
-        return sum(local.task.context.state not in FINAL_STATES for local in self._desk.roster.local.values())
+        return sum(
+            local.task.context.state not in FINAL_STATES
+            for local in self._desk.roster.local.values()
+        )
 
     def get_status(self) -> dict[str, Any]:
         """Return counts, and for each task its id, state and the seconds until its next execution."""
@@ -292,7 +324,9 @@ class TaskManager:
                 {
                     "task_id": line.task_id,
                     "state": line.state,
-                    "next_execution": max(0.0, (line.next_run_ns - now) / 1e9) if line.next_run_ns else 0.0,
+                    "next_execution": max(0.0, (line.next_run_ns - now) / 1e9)
+                    if line.next_run_ns
+                    else 0.0,
                     "runs": line.runs,
                     "errors": line.errors,
                 }
@@ -313,23 +347,37 @@ class TaskManager:
         assert self._desk is not None
         name = getattr(task, "name", type(task).__name__)
         already = bool(getattr(task, "_was_started", False))
-        await self._desk.roster.add(task, TaskEntry(id=task.context.task_id, type=name), start=not already)
+        await self._desk.roster.add(
+            task, TaskEntry(id=task.context.task_id, type=name), start=not already
+        )
 
     async def _recover(self, record: Record, type_name: str) -> Task[Any]:
         kind = _TYPES.get(type_name)
         if kind is None:
             raise RecordCorruptError(
-                "context", record.key, f"its task type {type_name!r} is not defined in this program; import its module first"
+                "context",
+                record.key,
+                f"its task type {type_name!r} is not defined in this program; import its module first",
             )
         context = decode_context(
-            record.data, kind.context_class, migrations=kind.migrations, schema=kind.schema_version
+            record.data,
+            kind.context_class,
+            migrations=kind.migrations,
+            schema=kind.schema_version,
         )
-        return kind(self.logger, context)  # type: ignore[call-arg, arg-type]
+        return kind(self.logger, context)  # type: ignore[call-arg]
 
     def _paper_config(self) -> Config:
         symbols = {f"{base}/USDT" for base in PRICES}
-        symbols |= {str(task.context.symbol) for task in self._waiting if getattr(task.context, "symbol", "")}
-        markets = {symbol: {"price": PRICES.get(symbol.split("/")[0], "100")} for symbol in sorted(symbols)}
+        symbols |= {
+            str(task.context.symbol)
+            for task in self._waiting
+            if getattr(task.context, "symbol", "")
+        }
+        markets = {
+            symbol: {"price": PRICES.get(symbol.split("/")[0], "100")}
+            for symbol in sorted(symbols)
+        }
         venues = [str(exchange) for exchange in ExchangeEnum]
         return Config(
             name="task_manager",
@@ -337,11 +385,22 @@ class TaskManager:
             source_file="TaskManager",
             state=StateConfig(store="files", directory=str(self.base_path)),
             background=BackgroundConfig(hosts=0),
-            risk=RiskConfig(max_notional_per_order=None, max_position_notional=None, price_collar_ppm=None),
-            venues=tuple(VenueConfig(name=name, type="paper", options=_paper_options(sorted(symbols))) for name in venues),
+            risk=RiskConfig(
+                max_notional_per_order=None,
+                max_position_notional=None,
+                price_collar_ppm=None,
+            ),
+            venues=tuple(
+                VenueConfig(
+                    name=name, type="paper", options=_paper_options(sorted(symbols))
+                )
+                for name in venues
+            ),
             sources=(
                 SourceConfig(
-                    name="market", type="simulated", options={"venues": venues, "markets": markets, "seed": 1}
+                    name="market",
+                    type="simulated",
+                    options={"venues": venues, "markets": markets, "seed": 1},
                 ),
             ),
         )
@@ -361,7 +420,10 @@ def _paper_options(symbols: list[str]) -> dict[str, Any]:
             }
             for symbol in symbols
         ],
-        "balances": {"USDT": "100000000", **{symbol.split("/")[0]: "100000" for symbol in symbols}},
+        "balances": {
+            "USDT": "100000000",
+            **{symbol.split("/")[0]: "100000" for symbol in symbols},
+        },
     }
 
 
@@ -383,14 +445,23 @@ class TaskPersistenceManager:
 
     def statistics(self) -> dict[str, int]:
         """Return how many contexts stand in each folder."""
-        return {shelf: len(self._files(shelf)) for shelf in ("active", "completed", "errored")}
+        return {
+            shelf: len(self._files(shelf))
+            for shelf in ("active", "completed", "errored")
+        }
 
     def load_active_tasks(self) -> list[tuple[str, str]]:
         """Return `(task_id, json)` of every unfinished task."""
         found = []
         for path in self._files("active"):
             text = path.read_text()
-            found.append((TaskSerializer.extract_task_metadata(text).get("task_id") or path.stem, text))
+            found.append(
+                (
+                    TaskSerializer.extract_task_metadata(text).get("task_id")
+                    or path.stem,
+                    text,
+                )
+            )
         return found
 
     def cleanup_completed(self, max_age_hours: float = 24) -> int:
@@ -398,7 +469,9 @@ class TaskPersistenceManager:
         from nightdesk.kernel.clock import SystemClock
 
         oldest_s = SystemClock().now_ns() / 1e9 - max_age_hours * 3600
-        old = [path for path in self._files("completed") if path.stat().st_mtime < oldest_s]
+        old = [
+            path for path in self._files("completed") if path.stat().st_mtime < oldest_s
+        ]
         for path in old:
             path.unlink()
         return len(old)
@@ -411,7 +484,9 @@ class TaskPersistenceManager:
 class TaskRecovery:
     """Looks at what could be recovered, without starting it."""
 
-    def __init__(self, logger: Any, persistence_manager: TaskPersistenceManager) -> None:
+    def __init__(
+        self, logger: Any, persistence_manager: TaskPersistenceManager
+    ) -> None:
         self.logger, self._persistence = logger, persistence_manager
 
     async def recover_all_tasks(self) -> list[tuple[str, str]]:
@@ -421,7 +496,9 @@ class TaskRecovery:
             try:
                 json.loads(text)
             except ValueError as error:
-                self.logger.error("record cannot be read", task_id=task_id, error=str(error))
+                self.logger.error(
+                    "record cannot be read", task_id=task_id, error=str(error)
+                )
             else:
                 readable.append((task_id, text))
         return readable
@@ -429,5 +506,3 @@ class TaskRecovery:
     def known_types(self) -> Mapping[str, type[Task[Any]]]:
         """Return the task types this program can bring back, by name."""
         return dict(_TYPES)
-
-

@@ -29,7 +29,13 @@ class TaskManager:
     Design 003 calls the priorities critical, important and nice-to-have: critical, high and low here.
     """
 
-    def __init__(self, calendar: str = "NSE", *, calendars: Calendars | None = None, clock: Any = None) -> None:
+    def __init__(
+        self,
+        calendar: str = "NSE",
+        *,
+        calendars: Calendars | None = None,
+        clock: Any = None,
+    ) -> None:
         self.calendar = calendar
         self._clock = clock or SystemClock()
         self._calendars = calendars or Calendars(cache_dir=None)
@@ -58,7 +64,9 @@ class TaskManager:
             open_s=opened,
             closed_s="pause" if market_hours_only else closed,  # type: ignore[arg-type]
         )
-        self._pending.append(TaskConfig(name=name, func=coro, priority=rank, schedule=schedule))
+        self._pending.append(
+            TaskConfig(name=name, func=coro, priority=rank, schedule=schedule)
+        )
 
     async def start(self) -> int:
         """Start every registered task; return how many.

@@ -92,7 +92,9 @@ class BackgroundTaskManager:
             DuplicateTaskError: The name is taken (also a ValueError, as in design 004).
         """
         schedule = config.schedule or (
-            Schedule(once=True) if config.interval is None else Schedule(every_s=config.interval)
+            Schedule(once=True)
+            if config.interval is None
+            else Schedule(every_s=config.interval)
         )
         self.scheduler.add(
             Registration(
@@ -117,7 +119,11 @@ class BackgroundTaskManager:
         Raises:
             NoTasksError: There is none, so nothing would ever run.
         """
-        names = [name for name, (_, of) in self._configs.items() if group is None or of == group]
+        names = [
+            name
+            for name, (_, of) in self._configs.items()
+            if group is None or of == group
+        ]
         if not names:
             raise NoTasksError(f"group {group!r}" if group else "BackgroundTaskManager")
         for name in names:

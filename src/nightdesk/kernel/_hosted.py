@@ -112,6 +112,7 @@ class Hosted:
         last, self.link = self.health(), None
         self._carried = {name: getattr(last, name) for name in _COUNTS}
         self._carried["restarts"] += 1
+        self.change(streak=last.streak)
         self.report = None
 
     def health(self) -> TaskHealth:

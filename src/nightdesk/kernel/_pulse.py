@@ -32,7 +32,7 @@ _BEAT, _OWNER, _SINCE, _LEADER, _LEADER_BYTES, _GRACE, _PARKED_UNTIL = range(7)
 
 # Of its time a host spends at most one part in fifty on finding out whose memory grows.
 _SAMPLE_SHARE = 50
-_MAX_SKIPPED = 8
+_MAX_SKIPPED = 64
 _SMALL_BLOCK_BYTES = 80  # a block of Python's own allocator, on average
 
 _monotonic_ns = SystemClock.monotonic_ns
@@ -117,6 +117,7 @@ class Pulse(Page):
         self._random = random.Random(descriptor)
         self._skip = 0
         self._sample_ns = 0
+        self._passed = 0
         self._before = -1
 
     def beat(self) -> None:
@@ -128,11 +129,13 @@ class Pulse(Page):
         if self._before >= 0:
             self._charge(cells[_OWNER])
         now = _monotonic_ns()
-        if owner > 0 and now > self._sample_ns:
-            if self._skip:
-                self._skip -= 1
-            else:
-                self._before = self._held_bytes()
+        if owner > 0:
+            self._passed += 1
+            if now > self._sample_ns:
+                if self._skip:
+                    self._skip -= 1
+                else:
+                    self._before = self._held_bytes()
         cells[_SINCE] = now
         cells[_OWNER] = owner
         if cells[_PARKED_UNTIL] > now:
@@ -174,11 +177,14 @@ class Pulse(Page):
         asked_ns = _monotonic_ns()
         held = self._held_bytes()
         now = _monotonic_ns()
-        grown, self._before = held - self._before, -1
+        # One sample stands for all the callbacks since the last one.
+        grown = (held - self._before) * self._passed
+        self._before = -1
         self._sample_ns = now + 2 * _SAMPLE_SHARE * (now - asked_ns)
         # Tasks often run one after the other in the same order: a sample that always came first
         # after a pause would always meet the same one.
-        self._skip = self._random.randrange(_MAX_SKIPPED)
+        self._skip = self._random.randrange(min(self._passed, _MAX_SKIPPED))
+        self._passed = 0
         if grown:
             total = self._growth.get(owner, 0) + grown
             self._growth[owner] = total

@@ -83,7 +83,8 @@ class HostedTask(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         params: Fields of a fresh context; used when there is no `context`.
         context: The last saved record, as `encode_context` wrote it.
-        status: `paused`, `stopped` or `quarantined` if the last run of the desk left it so.
+        status: `paused`, `stopped` or `quarantined` if it was left so.
+        streak: Failures in a row in its last host.
         adjustments: What an operator changed since, as `nightdesk tasks adjust` names it.
     """
 
@@ -97,6 +98,7 @@ class HostedTask(msgspec.Struct, frozen=True, kw_only=True):
     group: str | None = None
     after: tuple[str, ...] = ()
     status: str = ""
+    streak: int = 0
     adjustments: dict[str, Any] = {}
 
 

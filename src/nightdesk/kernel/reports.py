@@ -49,11 +49,12 @@ class Reports:
             priority=str(registration.priority),
             group=registration.group,
             runs_in=self._place,
-            status=_status(entry),
+            status=self.status(entry),
             why=self._words(entry, due, wall, monotonic),
             runs=entry.runs,
             errors=entry.errors,
             restarts=entry.restarts,
+            streak=entry.failures.streak if entry.failures else 0,
             overruns=entry.overruns,
             missed=entry.missed,
             last_run_ns=wall - (monotonic - entry.started_ns) if entry.runs else 0,
@@ -63,6 +64,15 @@ class Reports:
             duration_p50_s=p50,
             duration_p99_s=p99,
         )
+
+    @staticmethod
+    def status(entry: Entry) -> str:
+        """Return the status alone: of 10,000 tasks in milliseconds, where all of their health takes half a second."""
+        if entry.mode != "active":
+            return entry.mode
+        if entry.stage is Stage.RUNNING:
+            return "running"
+        return "paused" if entry.asleep and entry.stage is Stage.IDLE else "waiting"
 
     def words(self, entry: Entry) -> str:
         """Return when the task runs next, or why it does not."""
@@ -103,14 +113,6 @@ class Reports:
 def reason_in(words: str) -> str:
     """Return the bare reason from the words of a task that was set aside: what is kept over a restart."""
     return words.partition(": ")[2].partition(_ADVICE)[0]
-
-
-def _status(entry: Entry) -> str:
-    if entry.mode != "active":
-        return entry.mode
-    if entry.stage is Stage.RUNNING:
-        return "running"
-    return "paused" if entry.asleep and entry.stage is Stage.IDLE else "waiting"
 
 
 def _next_run_ns(entry: Entry, wall: int, monotonic: int) -> int:

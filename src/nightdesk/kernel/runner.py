@@ -156,12 +156,18 @@ class Runner:
         return stuck
 
     async def _idle(self, timeout_s: float) -> None:
-        """Wait until no cycle is under way, at most `timeout_s`."""
+        """Wait until no cycle is under way, at most `timeout_s`.
+
+        Those that have ignored a cancellation already are not waited for: they would ignore this one too.
+        """
         assert self._loop is not None
         end = self._loop.time() + timeout_s
         pause = 0.001
         while any(
-            w.entry for w in self._workers if w.task is not asyncio.current_task()
+            w.entry is not None
+            and not w.abandoned
+            and w.task is not asyncio.current_task()
+            for w in self._workers
         ):
             left = end - self._loop.time()
             if left <= 0:

@@ -8,7 +8,8 @@ import asyncio
 import logging
 import random
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextvars import copy_context
 from typing import Any
 
@@ -126,13 +127,18 @@ class Scheduler:
     # --- Registration -------------------------------------------------------------------------------
 
     def add(
-        self, registration: Registration, *, status: TaskHealth | str | None = None
+        self,
+        registration: Registration,
+        *,
+        status: TaskHealth | str | None = None,
+        streak: int = 0,
     ) -> None:
         """Register a task; it runs at once if the scheduler does.
 
         Args:
             status: What is known from before: a task that was paused, quarantined, stopped or
                 completed stays so until somebody resumes it.
+            streak: Failures in a row before it came here; they count towards quarantine.
 
         Raises:
             DuplicateTaskError: The id is taken.
@@ -155,6 +161,7 @@ class Scheduler:
         self._entries[entry.id] = entry
         self._listen(entry)
         self._restore(entry, status)
+        entry.failures = self._supervisor.remember(streak, self._monotonic())
         if self._started:
             self._connect(entry)
             if entry.mode == "active":
@@ -673,6 +680,18 @@ class Scheduler:
     def health_all(self) -> list[TaskHealth]:
         """Return how every task is, in order of registration."""
         return [self._reports.health(entry) for entry in self._entries.values()]
+
+    def health_of(self, statuses: Collection[str]) -> list[TaskHealth]:
+        """Return how the tasks are that have one of `statuses`."""
+        return [
+            self._reports.health(entry)
+            for entry in self._entries.values()
+            if self._reports.status(entry) in statuses
+        ]
+
+    def count_by_status(self) -> Counter[str]:
+        """Return how many tasks there are of each status."""
+        return Counter(map(self._reports.status, self._entries.values()))
 
     def next_run_in_words(self, task_id: str) -> str:
         """Return when a task runs next: `in 4 s`, `Mon 09:15 IST`, `paused until Mon 09:15 IST`."""

@@ -117,6 +117,15 @@ class Supervisor:
         self._write(task_id, kind, error, verdict.consequence, now_ns)
         return failures, verdict
 
+    def remember(self, streak: int, now_ns: int) -> Failures | None:
+        """Return `streak` failures in a row of a task that failed elsewhere, in a host that is gone."""
+        if not streak:
+            return None
+        failures = Failures(self._quarantine_after)
+        failures.streak = streak
+        failures.recent.extend((now_ns, 0) for _ in range(streak))
+        return failures
+
     def forgive(self, failures: Failures) -> None:
         """A good run: the next failure starts at the shortest backoff again."""
         failures.streak = 0

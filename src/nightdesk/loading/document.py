@@ -142,7 +142,7 @@ def _compose(text: str, problems: Problems) -> _Node | None:
     event: Any
     for event in yaml.parse(text, Loader=_LOADER):
         if isinstance(event, yaml.DocumentStartEvent) and root is not None:
-            line = event.start_mark.line + 1
+            line = _line(event)
             problems.add(
                 Place(problems.origin, line),
                 "a second document begins here; only one is read.",
@@ -173,14 +173,15 @@ def _node_of(event: Any, anchors: dict[str, _Node], problems: Problems) -> _Node
     kinds = (yaml.ScalarEvent, yaml.AliasEvent, yaml.CollectionStartEvent)
     if not isinstance(event, kinds):
         return None
-    line = event.start_mark.line + 1
+    line = _line(event)
     if isinstance(event, yaml.AliasEvent):
-        if event.anchor not in anchors:
+        anchor = str(event.anchor)
+        if anchor not in anchors:
             problems.add(
                 Place(problems.origin, line),
                 "has an alias (`*...`) of an anchor that is not there.",
             )
-        return anchors.get(event.anchor, _Node("scalar", line))
+        return anchors.get(anchor, _Node("scalar", line))
     if isinstance(event, yaml.ScalarEvent):
         node = _Node("scalar", line, event.tag, event.implicit[0], event.value)
     else:
@@ -194,6 +195,10 @@ def _node_of(event: Any, anchors: dict[str, _Node], problems: Problems) -> _Node
     if event.anchor:
         anchors[event.anchor] = node
     return node
+
+
+def _line(event: Any) -> int:
+    return int(event.start_mark.line) + 1
 
 
 class _Builder:

@@ -9,7 +9,7 @@ class TaskHealth(msgspec.Struct, kw_only=True):
     """One line of `nightdesk tasks`. Times are UTC nanoseconds, durations and lags seconds.
 
     `status`: waiting, running, parked, paused, backoff, quarantined, completed, stopped.
-    `why`: the same in words an operator can act on.
+    `why`: the same in words an operator can act on. `streak`: failures in a row, up to now.
     """
 
     task_id: str
@@ -24,6 +24,7 @@ class TaskHealth(msgspec.Struct, kw_only=True):
     runs: int = 0
     errors: int = 0
     restarts: int = 0
+    streak: int = 0
     overruns: int = 0
     missed: int = 0
     last_run_ns: int = 0

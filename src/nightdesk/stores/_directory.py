@@ -34,12 +34,16 @@ MAX_RECORD_BYTES = 16 * 1024 * 1024
 _MAX_NAME = 512
 _RESERVE = "reserve"
 _RESERVE_BYTES = 1024 * 1024
+_PLENTY_BYTES = 16 * _RESERVE_BYTES
 
 Quarantined = tuple[str, str, str]
 
 
 class DirectoryStore(Store):
     """A store in one directory.
+
+    Beside the file that holds the truth stand `lock` (who owns the directory), `high_water` (the epoch, and how
+    far saves were acknowledged), and `reserve` (space for the worst day).
 
     Args:
         directory: Made if missing, readable for this user only.
@@ -171,7 +175,7 @@ class DirectoryStore(Store):
     def release_reserve(self) -> int:
         """Give the space kept back to the disk, for cancels and closing records; return its bytes.
 
-        It is taken again when the disk has space, at the latest at the next start.
+        It is taken again when the disk has plenty of space, at the latest at the next start.
         """
         size = self._reserve_bytes()
         with contextlib.suppress(FileNotFoundError):
@@ -275,7 +279,9 @@ class DirectoryStore(Store):
             if self.on_failure is not None:
                 self.on_failure(error)
             return
-        self._fill_reserve()
+        free = os.statvfs(self.directory)
+        if free.f_bavail * free.f_frsize > _PLENTY_BYTES:
+            self._fill_reserve()  # taken back too early it would fill the disk again
         if self.on_recovery is not None:
             self.on_recovery()
 

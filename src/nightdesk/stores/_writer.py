@@ -147,10 +147,10 @@ class GroupWriter:
         self._bytes_in += size
         if self._loop is None:
             error = self._commit([(batch, size, None)])
-            if error is None:
-                self._more_rest = self._keeper.rest(busy=False)
-                return READY
-            return Failed(error)
+            if error is not None:
+                return Failed(error)
+            self._rest(busy=False)
+            return READY
         future = self._loop.create_future()
         self._queue.put((batch, size, future))
         return future

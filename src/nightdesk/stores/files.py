@@ -145,16 +145,15 @@ class FilesStore(DirectoryStore):
                 self._mirror.note(entry.key, self._records.get((entry.kind, entry.key)))
 
     def rest(self, *, busy: bool) -> bool:
-        """Bring the readable files up to date while nothing else waits, at the latest after a second."""
+        """Bring the readable files up to date while nothing else waits, and some of them each second."""
         late = self._clock.monotonic_ns() - self._mirrored_ns >= _MIRROR_LAG_NS
         if self._mirror.waiting and (late or not busy):
             with _full():
                 self._show(None if self._inline else _FILES_PER_REST)
         if self._log.size > self._compact_at and (late or not busy):
             with _full():
-                self._show(
-                    None
-                )  # the compacted journal no longer knows what was deleted
+                # The compacted journal no longer knows what was deleted: first remove those files.
+                self._show(None)
                 self._compact(self.epoch)
         return self._mirror.waiting > 0
 

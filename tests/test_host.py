@@ -14,9 +14,9 @@ import msgspec
 import pytest
 
 from fakes.hosts import BTC, TESTS, hosted, quote, until
-from nightdesk import host as host_module
 from nightdesk.errors import NightdeskError
 from nightdesk.host import Host
+from nightdesk.kernel import _child
 from nightdesk.kernel._pulse import (
     HostLoop,
     Page,
@@ -163,9 +163,11 @@ def play(tmp_path: Path) -> Iterator[Play]:
             await story(desk)
         finally:
             await desk.end()
-            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            left = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in left:
                 task.cancel()
-            await asyncio.sleep(0)
+            if left:
+                await asyncio.wait(left, timeout=0.1)
 
     yield lambda story: loop.run_until_complete(tell(story))
     loop.close()
@@ -558,8 +560,8 @@ def test_the_process_refuses_to_live_without_its_desk(
         raise EndedError(code)
 
     monkeypatch.setattr(os, "_exit", end)
-    monkeypatch.setattr(host_module.sys, "platform", "darwin")
-    monkeypatch.setattr(host_module, "_watch", lambda parent: None)
+    monkeypatch.setattr(_child.sys, "platform", "darwin")
+    monkeypatch.setattr(_child, "_watch", lambda parent: None)
 
     with pytest.raises(EndedError):
-        host_module._die_with(parent=-1)
+        _child.die_with(parent=-1)

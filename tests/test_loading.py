@@ -134,7 +134,7 @@ def test_the_packaged_desks_are_sound(template: str) -> None:
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     found = problems(
         tmp_path,
-        "nmae: x\nkernel: {slice_us: fast, loop: uvlop}\nrisk: {max_orders_per_s: 0}\ncode: TOOLONG\n",
+        "nxme: x\nkernel: {slice_us: fast, loop: uvlop}\nrisk: {max_orders_per_s: 0}\ncode: TOOLONG\n",
     )
 
     assert len(found) == 5
@@ -310,12 +310,12 @@ def test_what_is_no_duration_is_refused(text: str, tmp_path: Path) -> None:
         (("on: CandelClosed",), "Did you mean 'CandleClosed'?"),
         (("calendar: NSE", "open: 5s", "closed: never"), "pause"),
         (("calendar: NSE", "open: 0", "closed: pause"), "more than 0, or `pause`"),
-        (("schedule: {evry: 5s}",), "Did you mean 'every'?"),
+        (("schedule: {evxry: 5s}",), "Did you mean 'every'?"),
         (("schedule: 5s",), "a mapping, e.g."),
         (("priority: urgent",), "expected one of critical, high, normal, low"),
         (("after: [sel]",), "the id of another task"),
         (("after: sell",), "in a circle: sell -> sell"),
-        (("runs_in: backgroud",), "Did you mean 'background'?"),
+        (("runs_in: backgrxund",), "Did you mean 'background'?"),
         (("enabled: maybe",), "expected true or false"),
         (("timeout: long",), "a duration"),
         (("params: 5",), "a mapping"),
@@ -357,10 +357,10 @@ def test_the_long_form_of_a_schedule_means_the_same(tmp_path: Path) -> None:
 
 
 def test_a_task_that_names_no_venue_of_the_desk_is_refused(tmp_path: Path) -> None:
-    found = problems(tmp_path, SMALL.replace("venue: alpha", "venue: alhpa"))
+    found = problems(tmp_path, SMALL.replace("venue: alpha", "venue: alphx"))
 
     assert found == [
-        "line 10: `tasks[0].venue` is 'alhpa', expected one of alpha. Did you mean 'alpha'?"
+        "line 10: `tasks[0].venue` is 'alphx', expected one of alpha. Did you mean 'alpha'?"
     ]
 
 
@@ -514,11 +514,11 @@ def test_design_004_sections_are_read(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("trading: 5\n", "a mapping with `symbols`"),
-        ("trading: {symbls: [A]}\n", "Did you mean 'symbols'?"),
+        ("trading: {symbxls: [A]}\n", "Did you mean 'symbols'?"),
         ("background_tasks: 5\n", "a mapping of task names"),
         ("background_tasks: {candels: {enabled: true}}\n", "Did you mean 'candles'?"),
         ("background_tasks: {candles: true}\n", "`enabled` and `interval`"),
-        ("background_tasks: {candles: {intervall: 5}}\n", "Did you mean 'interval'?"),
+        ("background_tasks: {candles: {intervxl: 5}}\n", "Did you mean 'interval'?"),
         ("background_tasks: {candles: {interval: soon}}\n", "a duration"),
     ],
 )
@@ -719,11 +719,11 @@ def test_an_adjustment_that_makes_no_sense_is_refused(changes: dict[str, Any]) -
 def test_check_config_returns_problems_or_warnings(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
     good.write_text(SMALL + "    enabled: false\nstate: {store: memory}\n")
-    bad.write_text("nmae: x\n")
+    bad.write_text("nxme: x\n")
 
     assert [line.split(":")[0] for line in loading.check_config(good)] == [
         "warning"
     ] * 5
     assert loading.check_config(bad) == [
-        f"{bad}: line 1: no key `nmae`. Did you mean 'name'?"
+        f"{bad}: line 1: no key `nxme`. Did you mean 'name'?"
     ]

@@ -12,6 +12,7 @@ import msgspec
 
 from nightdesk.abc import Batch, Clock, Delete, Put, Shelf, Task
 from nightdesk.errors import NightdeskError
+from nightdesk.model.context import TaskContext
 from nightdesk.model.serializer import encode_context
 
 __all__ = ["Checkpoints", "shelf_of"]
@@ -45,6 +46,10 @@ class Checkpoints:
         self._last: dict[str, bytes] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._writes: set[asyncio.Future[None]] = set()
+
+    def remember(self, context: TaskContext) -> None:
+        """Take `context` as what the store holds: it is written again when it has changed."""
+        self._last[context.task_id] = msgspec.json.encode(context)
 
     def mark(self, task: Task[Any], type_name: str, epoch: int) -> bool:
         """Encode the task's context; remember it if it differs from what was last saved."""

@@ -230,6 +230,7 @@ class ControlServer:
     ) -> None:
         conversation = asyncio.current_task()
         assert conversation is not None
+        conversation.set_name("control")
         self._conversations.add(conversation)
         conversation.add_done_callback(self._conversations.discard)
         refusal = self._refusal(writer)
@@ -314,6 +315,7 @@ class ControlServer:
             command = asyncio.ensure_future(
                 self._handler(verb, arguments, actor, reason[:2000])
             )
+            command.set_name(f"command {verb}"[:60])
         self._commands.add(command)
         command.add_done_callback(self._commands.discard)
         done, _ = await asyncio.wait({command}, timeout=self._request_timeout_s)

@@ -37,7 +37,7 @@ from nightdesk.kernel.clock import SystemClock
 from nightdesk.kernel.hours import Calendars
 from nightdesk.kernel.inbox import Inbox
 from nightdesk.kernel.loop import Lane, lane
-from nightdesk.kernel.memory import Collector
+from nightdesk.kernel.memory import Collector, uncollected
 from nightdesk.kernel.plain import lanes_of
 from nightdesk.kernel.recovery import RecoveryReport
 from nightdesk.kernel.scheduler import Scheduler
@@ -185,6 +185,10 @@ class TradingDesk(Observer):
             NoTasksError: Nothing would ever run.
             NightdeskError: Anything else that keeps a desk from starting; see its `exit_code`.
         """
+        with uncollected():
+            return await self._start()
+
+    async def _start(self) -> RecoveryReport:
         self.started_ns = self.clock.now_ns()
         laps = _Laps(self.clock)
         entries = [entry for entry in self.config.tasks if entry.enabled]
@@ -361,11 +365,14 @@ class TradingDesk(Observer):
 
     def _on_stall(self, owner: str, lag_s: float, stack: str) -> None:
         """From the watchdog's thread: a task holds the loop (R-24)."""
-        self.loop.call_soon_threadsafe(
-            self.note_offender,
-            owner or "(the desk itself)",
+        self.loop.call_soon_threadsafe(self._note_stall, owner, lag_s, stack)
+
+    def _note_stall(self, owner: str, lag_s: float, stack: str) -> None:
+        is_task = self.roster.knows(owner)
+        self.note_offender(
+            owner if is_task else "(the desk itself)",
             "blocks the loop",
-            f"{lag_s:.2f} s",
+            f"{lag_s:.2f} s{'' if is_task or not owner else f' in {owner}'}",
             stack,
         )
 
@@ -373,6 +380,8 @@ class TradingDesk(Observer):
         self, task_id: str, kind: str, detail: str, stack: str = ""
     ) -> None:
         """Remember a task that harms its neighbours; `status --json` names it."""
+        if len(self.offenders) >= _RECENT and (task_id, kind) not in self.offenders:
+            del self.offenders[next(iter(self.offenders))]
         known = self.offenders.setdefault(
             (task_id, kind),
             {"task_id": task_id, "kind": kind, "count": 0, "detail": "", "stack": ""},

@@ -9,7 +9,6 @@ Goes to: kernel/runner.py, tasks/
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import logging
@@ -18,7 +17,6 @@ import random
 import signal
 import socket
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +36,7 @@ from nightdesk.errors import (
     NightdeskError,
     RecordCorruptError,
 )
+from nightdesk.kernel._child import die_with, make_idle
 from nightdesk.kernel._pulse import HostLoop, Pulse, new_host_loop
 from nightdesk.kernel._remote import DeskLine, ForwardingHandler, RemoteDesk
 from nightdesk.kernel._wire import (
@@ -126,6 +125,7 @@ class Host(Observer):
         self._loop = loop
         self._pulse = pulse
         self._numbers = numbers
+        self._types: dict[str, Any] = {}
         self._residents: dict[str, _Resident] = {}
         self._listening: list[tuple[type[Event], _Resident]] = []
         self._arrivals: deque[Placement] = deque()
@@ -342,7 +342,9 @@ class Host(Observer):
     def _registration(self, placement: Placement) -> Registration | None:
         """Make the task, and what the scheduler must know of it; None if it has ended before."""
         spec = placement.task
-        target = loading.load_task(spec.type, self._config)
+        target = self._types.get(spec.type)
+        if target is None:
+            target = self._types[spec.type] = loading.load_task(spec.type, self._config)
         resident = _Resident(placement.number, spec)
         self._residents[spec.task_id] = resident
         desk = RemoteDesk(self.line, spec.task_id, lambda: self.checkpoint(resident))
@@ -599,9 +601,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, required=True, help="pid of the desk")
     parser.add_argument("--no-idle", action="store_true", help="usual priority")
     options = parser.parse_args(arguments)
-    _die_with(options.parent)
+    die_with(options.parent)
     if not options.no_idle:
-        _make_idle()
+        make_idle()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable(options.stack)
     faulthandler.register(signal.SIGUSR2, options.stack)
@@ -635,34 +637,6 @@ def serve(sock: socket.socket, page: int) -> int:
         os._exit(0)
     loop.close()
     return 0
-
-
-def _die_with(parent: int) -> None:
-    """Make sure that this process ends when the desk does, even while a task holds it (F33)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    else:
-        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _watch(parent: int) -> None:
-    pause = threading.Event()
-    while os.getppid() == parent:
-        pause.wait(0.5)
-    os._exit(1)
-
-
-def _make_idle() -> None:
-    """Run only when nobody else wants to: the operating system itself does the preemption."""
-    if hasattr(os, "SCHED_IDLE"):
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-            return
-    with contextlib.suppress(OSError):
-        os.nice(19)
 
 
 if __name__ == "__main__":

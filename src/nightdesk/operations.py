@@ -4,6 +4,7 @@ Comes from: control.py, cli/
 Goes to: desk.py
 """
 
+import asyncio
 import traceback
 from collections.abc import Awaitable, Callable
 from decimal import Decimal
@@ -25,6 +26,7 @@ __all__ = ["VERSION", "perform", "verbs"]
 VERSION = 1
 """Version of every reply's shape; raised when a field changes its meaning."""
 
+_LINES_AT_ONCE = 20
 Verb = Callable[["TradingDesk", dict[str, Any], str, str], Awaitable[Any]]
 _VERBS: dict[str, Verb] = {}
 
@@ -82,7 +84,12 @@ async def _do_status(
 async def _do_tasks(
     desk: "TradingDesk", arguments: dict[str, Any], actor: str, reason: str
 ) -> Any:
-    return {"tasks": [_task_line(desk, health) for health in reports.health(desk)]}
+    lines = []
+    for number, health in enumerate(reports.each_health(desk), 1):
+        lines.append(_task_line(desk, health))
+        if not number % _LINES_AT_ONCE:
+            await asyncio.sleep(0)
+    return {"tasks": lines}
 
 
 def _task_line(desk: "TradingDesk", health: Any) -> dict[str, Any]:

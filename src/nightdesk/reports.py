@@ -6,6 +6,7 @@ Goes to: operations.py, cli/
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,12 @@ from nightdesk.model.health import TaskHealth
 
 if TYPE_CHECKING:
     from nightdesk.desk import TradingDesk
+    from nightdesk.roster import LocalTask
 
-__all__ = ["health", "iso", "money", "next_run_words", "snapshot"]
+_MANY_FAILURES = 2
+_MOST_OFFENDERS = 100
+
+__all__ = ["each_health", "health", "iso", "money", "next_run_words", "snapshot"]
 
 
 def iso(ns: int) -> str | None:
@@ -33,29 +38,42 @@ def iso(ns: int) -> str | None:
 
 def health(desk: "TradingDesk") -> list[TaskHealth]:
     """Return every task's health: in the desk, in its hosts, and finished ones that are kept."""
-    lines = desk.scheduler.health_all()
-    for line in lines:
-        local = desk.roster.local.get(line.task_id)
-        if local is not None:
-            line.state = local.task.context.state
-    if desk.roster.hosts is not None:
-        lines += desk.roster.hosts.health()
-    seen = {line.task_id for line in lines}
-    for task_id, local in desk.roster.local.items():
-        if task_id not in seen:
-            state = local.task.context.state
-            lines.append(
-                TaskHealth(
-                    task_id=task_id,
-                    type=local.type,
-                    priority=str(local.entry.priority or local.task.priority),
-                    group=local.entry.group,
-                    status="completed" if state == "COMPLETED" else "stopped",
-                    why=f"finished in state {state}",
-                    state=state,
-                )
-            )
-    return lines
+    return list(each_health(desk))
+
+
+def each_health(desk: "TradingDesk") -> Iterator[TaskHealth]:
+    """Yield what `health` returns one by one, so that a caller may let others work in between."""
+    scheduler, hosts, roster = desk.scheduler, desk.roster.hosts, desk.roster
+    for task_id in scheduler.task_ids():
+        if scheduler.knows(task_id):
+            line = scheduler.health(task_id)
+            local = roster.local.get(task_id)
+            if local is not None:
+                line.state = local.task.context.state
+            yield line
+    for task_id in hosts.task_ids() if hosts is not None else ():
+        if hosts is not None and hosts.knows(task_id):
+            yield hosts.health_of_one(task_id)
+    for task_id, local in list(roster.local.items()):
+        if not scheduler.knows(task_id):
+            yield _finished(local)
+
+
+def _finished(local: "LocalTask") -> TaskHealth:
+    state = local.task.context.state
+    return TaskHealth(
+        task_id=local.id,
+        type=local.type,
+        priority=str(local.entry.priority or local.task.priority),
+        group=local.entry.group,
+        status=_final_status(state),
+        why=f"finished in state {state}",
+        state=state,
+    )
+
+
+def _final_status(state: str) -> str:
+    return "completed" if state == "COMPLETED" else "stopped"
 
 
 def next_run_words(desk: "TradingDesk", task_id: str) -> str:
@@ -90,7 +108,7 @@ def money(desk: "TradingDesk") -> dict[str, Any]:
 def snapshot(desk: "TradingDesk") -> dict[str, Any]:
     """Return the whole desk at this instant."""
     now = desk.clock.now_ns()
-    lines = health(desk)
+    by_status = _count_by_status(desk)
     open_orders = desk.orders.open_orders()
     return {
         "name": desk.config.name,
@@ -108,13 +126,11 @@ def snapshot(desk: "TradingDesk") -> dict[str, Any]:
         "lanes": desk.lane_stats(),
         "degraded": bool(desk.watchdog and desk.watchdog.degraded),
         "tasks": {
-            "total": len(lines),
-            "by_status": dict(Counter(line.status for line in lines)),
+            "total": by_status.total(),
+            "by_status": dict(by_status),
         },
-        "offenders": [
-            {**offender, "last_at": iso(offender["last_ns"])}
-            for offender in sorted(desk.offenders.values(), key=lambda o: -o["last_ns"])
-        ],
+        "scheduler": desk.scheduler.stats(),
+        "offenders": _offenders(desk),
         "switch": {
             **desk.switch.stats(),
             "last": [_trace(t) for t in list(desk.switch.traces)[-8:]],
@@ -142,6 +158,43 @@ def snapshot(desk: "TradingDesk") -> dict[str, Any]:
             for k, key, why in desk.store.quarantined()
         ],
         "alerts": list(desk.alerts)[-20:],
+    }
+
+
+def _count_by_status(desk: "TradingDesk") -> Counter[str]:
+    """Count without building 10,000 reports: `status` is asked every second, and the loop waits for it."""
+    counts = desk.scheduler.count_by_status()
+    if desk.roster.hosts is not None:
+        counts += desk.roster.hosts.count_by_status()
+    for task_id, local in desk.roster.local.items():
+        if not desk.scheduler.knows(task_id):
+            counts[_final_status(local.task.context.state)] += 1
+    return counts
+
+
+def _offenders(desk: "TradingDesk") -> list[dict[str, Any]]:
+    """Return who harmed its neighbours, and who fails for ever, the latest first."""
+    found = list(desk.offenders.values())
+    for place in (desk.scheduler, desk.roster.hosts):
+        for line in place.health_of(("backoff", "quarantined")) if place else ():
+            if line.status == "quarantined" or line.streak >= _MANY_FAILURES:
+                found.append(_failing(line))
+    found.sort(key=lambda offender: -offender["last_ns"])
+    return [
+        {**offender, "last_at": iso(offender["last_ns"])}
+        for offender in found[:_MOST_OFFENDERS]
+    ]
+
+
+def _failing(line: TaskHealth) -> dict[str, Any]:
+    is_out = line.status == "quarantined"
+    return {
+        "task_id": line.task_id,
+        "kind": "quarantined" if is_out else "fails",
+        "count": line.errors,
+        "detail": line.why if is_out else f"{line.streak} times in a row: {line.why}",
+        "stack": "",
+        "last_ns": line.last_run_ns,
     }
 
 

@@ -7,6 +7,7 @@ Goes to: kernel/scheduler.py, kernel/hosts.py, contexts.py
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,7 @@ class Roster:
         self.hosts: HostPool | None = None
         self.recover: Recover | None = None
         self._last_health: dict[str, TaskHealth] = {}
+        self._targets: dict[str, Any] = {}
 
     # --- coming -------------------------------------------------------------------------------------
 
@@ -97,17 +99,31 @@ class Roster:
         store = self._desk.store
         saved = {record.key: record for record in await store.load("context")}
         for record in await store.load("health"):
-            self._last_health[record.key] = msgspec.json.decode(
-                record.data, type=TaskHealth
-            )
+            self._remember(record)
         for entry in _in_order(entries):
             await self._add_entry(entry, saved.pop(entry.id, None))
         for record in saved.values():
             if record.shelf == "active":
                 await self._restore_unlisted(record)
 
+    def _remember(self, record: Record) -> None:
+        """Take up whether a task was paused, stopped or quarantined."""
+        try:
+            health = msgspec.json.decode(record.data, type=TaskHealth)
+        except (msgspec.MsgspecError, ValueError) as error:
+            text = f"its saved health cannot be read, so it runs even if it was paused: {error}"
+            self._desk.alert("warning", record.key, text)
+        else:
+            self._last_health[record.key] = health
+
+    def _target(self, type_name: str) -> Any:
+        """Return what a type means; looked up once, since thousands of tasks may share it."""
+        if type_name not in self._targets:
+            self._targets[type_name] = loading.load_task(type_name, self._desk.config)
+        return self._targets[type_name]
+
     async def _add_entry(self, entry: TaskEntry, record: Record | None) -> None:
-        target = loading.load_task(entry.type, self._desk.config)
+        target = self._target(entry.type)
         is_task = isinstance(target, type) and issubclass(target, Task)
         if self._belongs_in_host(entry, getattr(target, "runs_in", "desk")):
             await self._host(entry, record)
@@ -133,7 +149,7 @@ class Roster:
         except (NightdeskError, ValueError) as error:
             await self._quarantine(record, error)
         else:
-            await self.add(task, entry)
+            await self.add(task, entry, is_saved=True)
 
     async def _restore_unlisted(self, record: Record) -> None:
         """Bring back a task that the configuration does not list: it was added while the desk ran."""
@@ -174,12 +190,18 @@ class Roster:
         )
 
     async def add(
-        self, task: Task[Any], entry: TaskEntry, *, start: bool = True
+        self,
+        task: Task[Any],
+        entry: TaskEntry,
+        *,
+        start: bool = True,
+        is_saved: bool = False,
     ) -> str:
         """Run `task` by `entry`; one in a final state is kept but not run.
 
         Args:
             start: False if its `start` has been awaited already.
+            is_saved: Its context is what the store holds, so that there is nothing to save yet.
 
         Raises:
             DuplicateTaskError: The id is taken.
@@ -187,19 +209,23 @@ class Roster:
         desk = self._desk
         if self.knows(entry.id):
             raise DuplicateTaskError(entry.id)
-        task.context = task.context.evolve(task_id=entry.id)
+        if task.context.task_id != entry.id:
+            task.context = task.context.evolve(task_id=entry.id)
         local = LocalTask(
             task=task, entry=entry, type=entry.type, history=deque(maxlen=_HISTORY)
         )
         local.history.append((desk.clock.now_ns(), task.context.state))
         self.local[entry.id] = local
-        task.desk = LocalDesk(desk, entry.id, lambda: self._checkpoint(local))
-        self._checkpoint(local)
+        task.desk = LocalDesk(desk, entry.id, partial(self._checkpoint, local))
+        if is_saved:
+            desk.checkpoints.remember(task.context)
+        else:
+            self._checkpoint(local)
         if task.context.state in FINAL_STATES:
             return entry.id
         self._register(
             entry,
-            cycle=lambda: self._cycle(local),
+            cycle=partial(self._cycle, local),
             start=task.start if start else None,
             priority=Priority.parse(entry.priority or task.priority),
             keys=task.keys(),
@@ -420,9 +446,11 @@ class Roster:
 
     async def stop(self, timeout_s: float) -> list[str]:
         """Stop every task; return the names of those that would not."""
-        stuck = list(await self._desk.scheduler.stop(timeout_s))
+        # At the same time: one after the other they might take twice as long as an operator waits.
+        stops = [self._desk.scheduler.stop(timeout_s)]
         if self.hosts is not None:
-            stuck += await self.hosts.stop(timeout_s)
+            stops.append(self.hosts.stop(timeout_s))
+        stuck = [task_id for names in await asyncio.gather(*stops) for task_id in names]
         for local in self.local.values():
             if local.id not in stuck and local.task.context.state not in FINAL_STATES:
                 await self._say_goodbye(local)

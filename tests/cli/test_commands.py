@@ -99,7 +99,7 @@ def test_the_version_is_told() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["taks"], 'Did you mean "tasks"?'),
+        (["tasqs"], 'Did you mean "tasks"?'),
         (["status", "--jsn"], "Did you mean --json?"),
         (["tasks", "show"], "requires an argument"),
         (["logs", "--level", "loud"], "Choose from"),
@@ -402,7 +402,7 @@ def test_init_makes_a_desk_with_a_task_of_ones_own(here: Path) -> None:
 
 
 def test_check_config_tells_everything_as_json_too(here: Path) -> None:
-    (here / "desk.yaml").write_text("nmae: x\nseed: y\n")
+    (here / "desk.yaml").write_text("nxme: x\nseed: y\n")
 
     code, out, _ = call("check-config", "--json")
 
@@ -417,7 +417,7 @@ def test_check_config_tells_everything_as_json_too(here: Path) -> None:
 
 
 def test_run_lists_every_problem_once(here: Path) -> None:
-    (here / "desk.yaml").write_text("nmae: x\nseed: y\n")
+    (here / "desk.yaml").write_text("nxme: x\nseed: y\n")
 
     code, _, err = call("run")
 

@@ -45,7 +45,7 @@ def run(
     tasks: int = 100,
     seconds: float = 12.0,
     *,
-    rounds: int = 3,
+    rounds: int = 10,
     directory: Path | None = None,
 ) -> dict[str, Any]:
     """Measure every contender in turn, `rounds` times.

@@ -21,6 +21,12 @@ from nightdesk.model.priority import Priority
 
 __all__ = ["HostCallbacks", "HostLimits", "Hosted", "HostedTaskError"]
 
+
+class _Status(msgspec.Struct):
+    status: str = "waiting"
+
+
+_decode_status = msgspec.msgpack.Decoder(_Status).decode
 _decode_health = msgspec.msgpack.Decoder(TaskHealth).decode
 _COUNTS = ("runs", "errors", "restarts", "overruns", "missed")
 
@@ -81,7 +87,6 @@ class Hosted:
         task: With its newest saved context: where a fresh host takes it up.
         status: Why it has no host (`backoff`, `quarantined`, `completed`); "" while it has one.
         report: Its host's last word on its health, encoded.
-        resumes_ns: Monotonic time before which the watch does not place it.
         stack: Where it stood when it first held its host for too long.
     """
 
@@ -95,7 +100,6 @@ class Hosted:
         self.report: msgspec.Raw | None = None
         self.offences = 0
         self.offended_ns = 0
-        self.resumes_ns = 0
         self.stack = ""
         self._carried = dict.fromkeys(_COUNTS, 0)
 
@@ -103,17 +107,33 @@ class Hosted:
         """Change what a fresh host is told of it."""
         self.task = msgspec.structs.replace(self.task, **changes)
 
-    def rest(self, status: str, why: str, resumes_ns: int = 0) -> None:
+    def rest(self, status: str, why: str) -> None:
         """Note that it runs nowhere, and why."""
-        self.status, self.why, self.resumes_ns = status, why, resumes_ns
+        self.status, self.why = status, why
+
+    def lose_host(self, why: str) -> bool:
+        """Its host is gone; return whether it shall have another: who is in quarantine stays there."""
+        last = self.health()
+        self.leave()
+        if last.status == "quarantined":
+            self.rest("quarantined", last.why)
+            return False
+        self.rest("backoff", why)
+        return True
 
     def leave(self) -> None:
-        """Its host is gone: keep its counts, which the next host begins at zero."""
+        """Keep its counts, which the next host begins at zero."""
         last, self.link = self.health(), None
         self._carried = {name: getattr(last, name) for name in _COUNTS}
         self._carried["restarts"] += 1
         self.change(streak=last.streak)
         self.report = None
+
+    def status_now(self) -> str:
+        """Return the status of its health without decoding all of it."""
+        if self.report is None or (self.status and self.status != "completed"):
+            return self.status or "waiting"
+        return _decode_status(self.report).status
 
     def health(self) -> TaskHealth:
         """Return its health over all its hosts."""

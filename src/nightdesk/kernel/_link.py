@@ -73,7 +73,7 @@ class HostLink:
         self.named_since_ns = 0
         self.stuck: list[str] | None = None
         self.closed = asyncio.Event()
-        self.tasks: set[str] = set()
+        self.tasks: dict[str, None] = {}
         self.follows: dict[str, int] = {}
         self.in_flight: dict[str, set[asyncio.Task[None]]] = {}
         self.keys: set[str] = set()
@@ -212,6 +212,8 @@ class HostLink:
         Raises:
             NightdeskError: What the host raised, or that it did not answer.
         """
+        if self.closed.is_set():
+            raise self._ended()
         self._asked += 1
         number = self._asked
         answer: asyncio.Future[msgspec.Raw] = self._loop.create_future()
@@ -243,12 +245,13 @@ class HostLink:
     def _on_closed(self) -> None:
         for waiting in self._asks.values():
             if not waiting.done():
-                waiting.set_exception(
-                    NightdeskError(
-                        f"background host {self.number} has ended; try again in a moment"
-                    )
-                )
+                waiting.set_exception(self._ended())
         self.closed.set()
+
+    def _ended(self) -> NightdeskError:
+        return NightdeskError(
+            f"background host {self.number} has ended; try again in a moment"
+        )
 
     async def end(self) -> None:
         """Kill the process, take in what it had still sent, give everything back."""

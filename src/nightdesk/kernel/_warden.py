@@ -7,7 +7,7 @@ Goes to: kernel/hosts.py
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 from nightdesk.abc import Clock
@@ -31,7 +31,7 @@ _REPEAT_NS = 3_600_000_000_000
 _MAX_ISOLATED = 4
 _INSTRUMENTS_PER_FRAME = 500
 _CLEAR_SHARE = 20
-_NEVER = 1 << 62
+_AT_ONCE = 100
 # Signals by which somebody outside ends a process: whoever ran just then is not to blame.
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 
@@ -235,7 +235,9 @@ class Warden:
         link.resident = link.process.resident_bytes()
         if link.resident > self._memory_bytes:
             held = f"its host held {link.resident >> 20} MB of {self._config.memory_mb}"
-            self._replace(link, "leaks", self._leaker(link), held)
+            grown = link.process.page.leader[1] >> 20
+            detail = f"{held}, some {grown} MB of them by this task"
+            self._replace(link, "leaks", self._leaker(link), detail)
 
     def _leaker(self, link: HostLink) -> int:
         """Return the task that the samples accuse; 0 if they accuse nobody clearly."""
@@ -265,18 +267,20 @@ class Warden:
         self, link: HostLink, kind: str, offender: Hosted | None, detail: str
     ) -> None:
         """Kill a host, name the offender, and give the others a new one."""
-        if link.process.exit_code() is None:
-            stack = await link.process.stack() or (offender.stack if offender else "")
-        else:
+        stack = ""
+        if link.process.exit_code() is not None:
             stack = link.process.last_words()
+        elif kind == "stuck":
+            stack = await link.process.stack() or (offender.stack if offender else "")
         await link.end()
         self.links.remove(link)
         self._on_routes()
         self.restarts += 1
-        orphans = self._tasks_of(link)
-        for hosted in orphans:
-            hosted.leave()
-            hosted.rest("backoff", f"its host is being replaced: {detail}", _NEVER)
+        why = f"its host is being replaced: {detail}"
+        orphans: list[Hosted] = []
+        async for hosted in _in_portions(self._tasks_of(link)):
+            if hosted.lose_host(why):
+                orphans.append(hosted)
         self._report(link, kind, offender, detail, stack)
         if offender is not None and offender in orphans:
             orphans.remove(offender)
@@ -318,8 +322,10 @@ class Warden:
             if fresh is not None:
                 await fresh.end()
             fresh = self.open(is_isolated=old.is_isolated, failures=failures)
-        for hosted in orphans:
-            self._resume(hosted, old, fresh)
+        async for hosted in _in_portions(orphans):
+            self._resume(
+                hosted, old, None if fresh is None or fresh.is_doomed else fresh
+            )
 
     def _resume(self, hosted: Hosted, old: HostLink, fresh: HostLink | None) -> None:
         """Place a task again, after every request that it had under way has come to its end.
@@ -359,7 +365,7 @@ class Warden:
             self._callbacks.on_health_changed(hosted.id, hosted.health())
             return
         why = f"{kind}: {detail}; comes back in a host of its own"
-        hosted.rest("backoff", why, _NEVER)
+        hosted.rest("backoff", why)
 
         async def later() -> None:
             await self._clock.sleep(_FIRST_BACKOFF_S)
@@ -396,3 +402,11 @@ class Warden:
             self._callbacks.on_offender(task_id, "ignores stop", detail, "")
             link.is_doomed = True
             self._chore(self._replace_slowly(link, "ignores stop", None, detail))
+
+
+async def _in_portions(tasks: Sequence[Hosted]) -> AsyncIterator[Hosted]:
+    """Yield tasks with a pause after every hundred: 10,000 in one go would hold up the desk."""
+    for number, hosted in enumerate(tasks, 1):
+        yield hosted
+        if not number % _AT_ONCE:
+            await asyncio.sleep(0)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context
 from enum import Enum, IntEnum
+from functools import partial
 from typing import Any, Final, Literal
 
 import msgspec
@@ -203,8 +204,8 @@ def _first_cycle(entry: Entry) -> Cycle:
 
 
 def _as_coroutine_function(cycle: Callable[[], Awaitable[Outcome]]) -> Cycle:
-    if inspect.iscoroutinefunction(cycle):
-        return cycle
+    if inspect.iscoroutinefunction(cycle.func if type(cycle) is partial else cycle):
+        return cycle  # (`inspect` unwraps a partial of a method only after a long look)
 
     async def run() -> Outcome:
         return await cycle()

@@ -10,7 +10,8 @@ Goes to: host.py, kernel/runner.py
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ __all__ = ["HostCallbacks", "HostLimits", "HostPool", "HostedTask", "HostedTaskE
 _PARK_NS = 1_000_000_000
 _MAX_IN_FLIGHT = 256
 _MAX_KEYS = 4096
+_KEPT = ("paused", "stopped")
 _NOTHING = msgspec.Raw(encode(None))
 
 
@@ -102,6 +104,7 @@ class HostPool:
         self._tasks: dict[str, Hosted] = {}
         self._by_number: dict[int, Hosted] = {}
         self._numbers = 0
+        self._homeless: list[Hosted] = []
         self._kin: dict[str, set[str]] = {}
         self._routes: dict[type[Event], tuple[HostLink, ...]] = {}
         self._quotes: dict[str, QuoteChanged] = {}
@@ -116,7 +119,7 @@ class HostPool:
             on_frame=self._on_frame,
             by_number=self._by_number.get,
             tasks_of=lambda link: [
-                self._tasks[name] for name in sorted(link.tasks) if name in self._tasks
+                self._tasks[name] for name in link.tasks if name in self._tasks
             ],
             place=self._place,
             on_look=self._on_look,
@@ -167,9 +170,10 @@ class HostPool:
         hosted.link = link
         if link is None:
             hosted.rest("backoff", "waits for a background host to be started")
+            self._homeless.append(hosted)
             return
         hosted.rest("", "")
-        link.tasks.add(hosted.id)
+        link.tasks[hosted.id] = None
         link.place(lambda: self._placement(hosted, link))
 
     def _placement(self, hosted: Hosted, link: HostLink) -> Placement:
@@ -192,10 +196,9 @@ class HostPool:
         return min(open_links, key=lambda link: len(link.tasks), default=None)
 
     def _on_look(self) -> None:
-        now = self._clock.monotonic_ns()
-        for hosted in self._tasks.values():
-            if hosted.status == "backoff" and hosted.resumes_ns <= now:
-                self._place(hosted)
+        homeless, self._homeless = self._homeless, []
+        for hosted in homeless:
+            self._place(hosted)
         for link in self._warden.links:
             if link.follows and link.is_ready:
                 self._tell_successes(link)
@@ -253,7 +256,7 @@ class HostPool:
                 self._leave(link, task_id)
 
     def _leave(self, link: HostLink, task_id: str) -> None:
-        link.tasks.discard(task_id)
+        link.tasks.pop(task_id, None)
         if link.is_isolated and not link.tasks:
             self._warden.close_empty(link)
 
@@ -285,7 +288,7 @@ class HostPool:
 
     def _revive(self, hosted: Hosted) -> None:
         hosted.leave()
-        hosted.change(status="")
+        hosted.change(status="", streak=0)
         if hosted.status == "quarantined" and hosted.offences:
             self._warden.isolate(hosted)
         else:
@@ -420,6 +423,8 @@ class HostPool:
         hosted = self._tasks.get(frame.health.task_id)
         if hosted is not None:
             hosted.report = msgspec.Raw(encode(frame.health))
+            status = frame.health.status
+            hosted.change(status=status if status in _KEPT else "")
             self._callbacks.on_health_changed(hosted.id, hosted.health())
 
     def _on_failed(self, link: HostLink, frame: Failed) -> None:
@@ -496,6 +501,30 @@ class HostPool:
     def health(self) -> list[TaskHealth]:
         """Return the last report of each task, a second old or so."""
         return [hosted.health() for hosted in self._tasks.values()]
+
+    def task_ids(self) -> list[str]:
+        """Return the ids of all tasks, in order of arrival."""
+        return list(self._tasks)
+
+    def health_of_one(self, task_id: str) -> TaskHealth:
+        """Return the last report of one task.
+
+        Raises:
+            UnknownTaskError: There is none.
+        """
+        return self._hosted(task_id).health()
+
+    def health_of(self, statuses: Collection[str]) -> list[TaskHealth]:
+        """Return the health of the tasks that have one of `statuses`."""
+        return [
+            hosted.health()
+            for hosted in self._tasks.values()
+            if hosted.status_now() in statuses
+        ]
+
+    def count_by_status(self) -> Counter[str]:
+        """Return how many tasks there are of each status."""
+        return Counter(hosted.status_now() for hosted in self._tasks.values())
 
     def describe(self) -> list[dict[str, Any]]:
         """Return one line per host."""

@@ -11,11 +11,28 @@ Goes to: kernel/loop.py
 
 import asyncio
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from nightdesk.kernel.loop import OWNER, Lane, lane
 
-__all__ = ["Collector"]
+__all__ = ["Collector", "uncollected"]
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Make what lives on without looking for garbage: a desk that starts only grows.
+
+    With 10,000 tasks the collector walked over what was just made so often that it took 40 % of a start.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _Timers(Protocol):
@@ -51,10 +68,11 @@ class Collector:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Put all that exists now out of the collector's sight, and collect by plan from here on."""
-        began_s = self._loop.time()
-        gc.collect()
-        self._plan_next(began_s)
+        """Put all that exists now out of the collector's sight, and collect by plan from here on.
+
+        Nothing is collected before: with 10,000 tasks that would hold up a desk for 0.3 s that is about to
+        trade, and the garbage of a start is small and stays so.
+        """
         gc.freeze()
         gc.disable()
         token = OWNER.set("memory")

@@ -681,6 +681,10 @@ class Scheduler:
         """Return how every task is, in order of registration."""
         return [self._reports.health(entry) for entry in self._entries.values()]
 
+    def task_ids(self) -> list[str]:
+        """Return the ids of all tasks, in order of registration."""
+        return list(self._entries)
+
     def health_of(self, statuses: Collection[str]) -> list[TaskHealth]:
         """Return how the tasks are that have one of `statuses`."""
         return [

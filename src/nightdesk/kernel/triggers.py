@@ -6,6 +6,7 @@ Goes to: kernel/scheduler.py
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import cache
 from math import isfinite
 from typing import Literal
 from zoneinfo import ZoneInfo
@@ -162,12 +163,18 @@ def compile_trigger(
         MissingExtraError: The calendar's library is not installed.
     """
     if schedule is None:
-        return Trigger("free", Schedule(), None)
+        return _free()
     problems = list(_problems(schedule))
     if problems:
         raise ConfigError(where, problems)
     calendar = calendars.get(schedule.calendar)
     return Trigger(_kind(schedule), schedule, None if calendar.always else calendar)
+
+
+@cache
+def _free() -> Trigger:
+    """A trigger never changes, so all tasks without a schedule share one."""
+    return Trigger("free", Schedule(), None)
 
 
 def _kind(schedule: Schedule) -> Kind:

@@ -76,6 +76,11 @@ def load_function_or_class(kind: str, name: str, search_path: str, where: str) -
         return _users_own(kind, name, search_path, where)
     if name not in catalog(kind):
         raise UnknownTypeError(kind, name, catalog(kind), where)
+    return _of_collection(kind, name)
+
+
+@cache
+def _of_collection(kind: str, name: str) -> type:
     module = importlib.import_module(f"nightdesk.{kind}s.{name}")
     found = _classes(module, KINDS[kind])
     assert len(found) == 1, (

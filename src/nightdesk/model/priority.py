@@ -25,6 +25,8 @@ class Priority(StrEnum):
         Raises:
             ValueError: `name` is no priority.
         """
+        if isinstance(name, cls):
+            return name
         text = str(name).strip().lower().replace("-", "_").replace(" ", "_")
         try:
             return cls(_SYNONYMS.get(text, text))

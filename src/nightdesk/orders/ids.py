@@ -6,11 +6,12 @@ Comes from: orders/protocol.py
 Goes to: venues/
 """
 
+from collections.abc import Iterable
 from hashlib import blake2s
 
 import msgspec
 
-__all__ = ["ClientOrderIds", "ParsedId", "is_ours", "parse"]
+__all__ = ["ClientOrderIds", "ParsedId", "highest_sequence", "is_ours", "parse"]
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 _PREFIX = "nd"
@@ -70,6 +71,14 @@ def parse(client_order_id: str) -> ParsedId | None:
         )
     except ValueError:
         return None
+
+
+def highest_sequence(client_order_ids: Iterable[str]) -> int:
+    """Return the highest sequence in ids of our own, 0 if there is none.
+
+    The digits of a sequence sort as its number does, so only one of them is read.
+    """
+    return int(max((cid[9:18] for cid in client_order_ids), default="0"), 36)
 
 
 def _base36(number: int, width: int) -> str:

@@ -9,7 +9,7 @@ outranks a negative, and an end that names more fills than are booked waits for 
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, KeysView
 from decimal import Context, Decimal
 from typing import Any
 
@@ -111,6 +111,10 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._orders)
 
+    def ids(self) -> KeysView[str]:
+        """Return every client order id; all of them are ours."""
+        return self._orders.keys()
+
     def order(self, client_order_id: str) -> Order | None:
         return self._orders.get(client_order_id)
 
@@ -169,10 +173,6 @@ class Ledger:
 
         An order that was on its way when the desk ended is UNKNOWN: nobody was there to hear the reply.
         """
-        for fill in fills:
-            self._keys.add(fill.key)
-            self._count(fill)
-        contradictions = []
         for order in sorted(
             orders, key=lambda order: (order.created_ns, order.client_order_id)
         ):
@@ -183,12 +183,14 @@ class Ledger:
                     reason="the desk ended before the reply was recorded",
                 )
             self._keep(order)
-            booked = self.booked(order.client_order_id)
-            if booked != order.filled_quantity:
-                contradictions.append(
-                    f"order {order.client_order_id} says {order.filled_quantity} filled, its saved fills sum to {booked}"
-                )
-        return contradictions
+        for fill in fills:
+            self._keys.add(fill.key)
+            self._count(fill)
+        return [
+            f"order {cid} says {order.filled_quantity} filled, its saved fills sum to {self.booked(cid)}"
+            for cid, order in self._orders.items()
+            if order.filled_quantity != self.booked(cid)
+        ]
 
     def add(self, order: Order) -> Order:
         """Take a new or adopted order in; fills that were booked under its id before count."""

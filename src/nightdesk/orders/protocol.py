@@ -35,7 +35,7 @@ from nightdesk.model.order import Fill, Order, OrderRequest, OrderStatus, VenueO
 from nightdesk.model.position import Position
 from nightdesk.model.recovery import RecoveryReport, RecoveryStep
 from nightdesk.orders.balances import BalanceCheck
-from nightdesk.orders.ids import ClientOrderIds, parse
+from nightdesk.orders.ids import ClientOrderIds, highest_sequence
 from nightdesk.orders.ledger import Change, Ledger
 from nightdesk.orders.reconciler import Reconciler, SweepReport
 from nightdesk.orders.records import (
@@ -537,14 +537,8 @@ class OrderProtocol:
             self.on_event(event)
 
     def _open_ids(self) -> None:
-        sequences = [
-            found.sequence
-            for order in self._ledger.recent(len(self._ledger))
-            if (found := parse(order.client_order_id))
-        ]
-        first = max(
-            [self._clock.now_ns() // 1_000_000, *(number + 1 for number in sequences)]
-        )
+        newest = highest_sequence(self._ledger.ids())
+        first = max(self._clock.now_ns() // 1_000_000, newest + 1)
         self._ids = ClientOrderIds(self._code, self._store.epoch, first)
 
     def _begin_cursors(self) -> None:

@@ -125,6 +125,8 @@ def check(owner: str, claims: Mapping[str, tuple[bool, Any, str]]) -> None:
 
 def as_side(value: Any) -> Side:
     """Return the side called `value`, in any case, also given as another enumeration's member."""
+    if type(value) is Side:
+        return value
     name = value.name if isinstance(value, Enum) else str(value)
     try:
         return Side(name.upper())

@@ -36,7 +36,7 @@ fmt: setup ## format and fix what can be fixed
 
 coverage: setup ## the tests with coverage of src/
 	@rm -f .coverage .coverage.*
-	@COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml $(BIN)/coverage run -m pytest -q -rs
+	@$(BIN)/coverage run -m pytest -q -rs
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report --skip-covered --fail-under=90
 
 journeys: setup ## whole stories with real processes: the kill sweep (about 20 minutes)

@@ -7,7 +7,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "nightdesk"
 GROUND = {"model", "abc", "errors"}
 TOP = {
     "__init__", "__main__", "bench", "cli", "compat", "config", "contexts", "control", "desk", "exchange", "handle",
-    "host", "hosting", "loading", "operations", "reports", "roster", "running", "wiring",
+    "host", "hosting", "loading", "operations", "reports", "roster", "running", "storage", "wiring",
 }  # fmt: skip
 COLLECTIONS = {
     "sources": "Source",

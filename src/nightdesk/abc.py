@@ -245,9 +245,15 @@ class Desk(Protocol):
 
     task_id: str
     clock: Clock
-    random: random.Random
     cache: Any
-    log: Any
+
+    @property
+    def random(self) -> random.Random:
+        """Seeded for this task alone."""
+
+    @property
+    def log(self) -> Any:
+        """A structured log that names the task."""
 
     async def submit(self, request: OrderRequest) -> Order:
         """Pass the gate, make the intent durable, send once; return the order as it then stands.
@@ -328,6 +334,13 @@ class Task(Generic[ContextT]):
     def keys(self) -> tuple[str, ...]:
         """Instrument keys that this task touches; cycles with a common key never overlap."""
         return ()
+
+    def watches(self) -> tuple[str, ...] | None:
+        """Instrument keys whose events concern this task; None: all that it listens to.
+
+        Where thousands of tasks run, this spares every quote the question to each of them.
+        """
+        return None
 
     def wants(self, event: Event) -> bool:
         """Return whether an event of `listens` concerns this task. Must be quick and must not await."""

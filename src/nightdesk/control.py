@@ -48,6 +48,7 @@ POINTER_NAME = "control.path"
 FLAG_NAME = "HALT"
 MAX_REQUEST = 1024 * 1024
 MAX_REPLY = 64 * 1024 * 1024
+_REFUSAL_S = 1.0
 _MAX_PATH = 100  # sun_path holds 108 bytes on Linux, 104 on macOS
 _LOOKING = frozenset(
     [
@@ -236,7 +237,11 @@ class ControlServer:
         refusal = self._refusal(writer)
         if refusal:
             self._refused += 1
-            with contextlib.suppress(ConnectionError, TimeoutError):
+            with contextlib.suppress(
+                ConnectionError, TimeoutError, ValueError, asyncio.CancelledError
+            ):
+                # Its question is read first: closing over unread bytes would take the answer with it.
+                await asyncio.wait_for(reader.readline(), _REFUSAL_S)
                 await self._write(writer, _failure(None, "Refused", refusal, 1))
             writer.close()
             return

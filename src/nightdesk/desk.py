@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
 from nightdesk import operations, wiring
 from nightdesk.abc import (
@@ -57,6 +56,7 @@ from nightdesk.orders.protocol import OrderProtocol
 from nightdesk.portfolio.positions import Positions
 from nightdesk.risk.gate import Gate
 from nightdesk.roster import Roster
+from nightdesk.storage import StorageGuard
 from nightdesk.telemetry.logs import configure_logs
 
 __all__ = ["TradingDesk"]
@@ -98,6 +98,7 @@ class TradingDesk(Observer):
         self.recovery: RecoveryReport | None = None
         self.stopping = asyncio.Event()
         self._chores: set[asyncio.Task[None]] = set()
+        self.storage = StorageGuard(self)
         self._build()
 
     # --- building ----------------------------------------------------------------------------------
@@ -305,6 +306,7 @@ class TradingDesk(Observer):
         self.watchdog.start()
         self._chore(self._reconcile_often())
         self._chore(self._watch_safety())
+        self._chore(self.storage.watch())
         self.collector = Collector(self.loop)
         self.collector.start()
 
@@ -345,20 +347,21 @@ class TradingDesk(Observer):
 
     def _on_store_failure(self, error: Exception) -> None:
         """No durable intent, no order (R-17): opening stops at once, and the operator is told."""
-        self.loop.call_soon_threadsafe(self._halt_for_storage, str(error))
-
-    def _halt_for_storage(self, text: str) -> None:
-        self.gate.halt_now(f"state cannot be written: {text}", actor="store")
-        self.alert(
-            "critical", "store", f"state cannot be written, trading halted: {text}"
-        )
+        self.loop.call_soon_threadsafe(self.storage.on_failure, str(error))
 
     def note_first_action(self, task_id: str) -> None:
         """Log how long it took from the process's start until a task could act: the cost of a crash."""
         self.has_acted = True
-        if self.config.virtual_time:
-            return
-        since_s = self.clock.now_ns() / 1e9 - psutil.Process().create_time()
+        if not self.config.virtual_time:
+            with lane(Lane.LOW):  # the action itself does not wait for its report
+                self.loop.call_soon(
+                    self._report_first_action, task_id, self.clock.now_ns()
+                )
+
+    def _report_first_action(self, task_id: str, now_ns: int) -> None:
+        import psutil
+
+        since_s = now_ns / 1e9 - psutil.Process().create_time()
         self.log.info(
             "first action", task=task_id, since_process_start_s=round(since_s, 3)
         )

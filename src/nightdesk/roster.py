@@ -18,8 +18,6 @@ from nightdesk.abc import Delete, OpportunityHandler, Put, Record, Task
 from nightdesk.config import TaskEntry
 from nightdesk.errors import DuplicateTaskError, NightdeskError, UnknownTaskError
 from nightdesk.handle import LocalDesk
-from nightdesk.hosting import HostService
-from nightdesk.kernel.hosts import HostedTask, HostPool
 from nightdesk.kernel.runner import DONE, Registration
 from nightdesk.model.context import FINAL_STATES
 from nightdesk.model.events import Event, Opportunity, QuoteChanged
@@ -30,6 +28,7 @@ from nightdesk.model.serializer import decode_context, peek_meta
 
 if TYPE_CHECKING:
     from nightdesk.desk import TradingDesk
+    from nightdesk.kernel.hosts import HostPool
 
 __all__ = ["LocalTask", "Roster"]
 
@@ -130,8 +129,7 @@ class Roster:
         elif not is_task:
             self.add_function(entry, target)
         elif record is None:
-            context = loading.make_context(target, entry, self._desk.config)
-            await self.add(target(context), entry)
+            await self.add(loading.make_task(target, entry, self._desk.config), entry)
         else:
             await self._add_saved(entry, target, record)
 
@@ -295,7 +293,10 @@ class Roster:
         desk, task = self._desk, local.task
         if task.listens:
             desk.inbox.subscribe(
-                task.listens, self._wake_by_event(local), owner=local.id
+                task.listens,
+                self._wake_by_event(local),
+                owner=local.id,
+                instruments=task.watches(),
             )
         if isinstance(task, OpportunityHandler):
             desk.inbox.add_handler(local.id, task.handles, task.assess, task.deadline_s)
@@ -347,6 +348,9 @@ class Roster:
     async def _host(self, entry: TaskEntry, record: Record | None) -> None:
         if record is not None and record.shelf != "active":
             return
+        # Only a desk that has such tasks pays for what the hosts import.
+        from nightdesk.kernel.hosts import HostedTask
+
         if self.hosts is None:
             self.hosts = await self._open_hosts()
         was = self._last_health.get(entry.id)
@@ -365,7 +369,10 @@ class Roster:
             )
         )
 
-    async def _open_hosts(self) -> HostPool:
+    async def _open_hosts(self) -> "HostPool":
+        from nightdesk.hosting import HostService
+        from nightdesk.kernel.hosts import HostPool
+
         desk = self._desk
         hosts = HostPool(
             config=desk.config.background,
@@ -377,6 +384,8 @@ class Roster:
             seed=desk.config.seed,
             epoch=desk.store.epoch,
             max_concurrent=desk.config.kernel.max_concurrent,
+            log_level=desk.config.log_level,
+            successes=desk.scheduler.successes,
         )
         await hosts.start()
 

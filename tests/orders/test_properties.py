@@ -1,14 +1,15 @@
 """Whatever the venue does and wherever the desk dies: nothing is sent twice, nothing is lost (F1, F10)."""
 
 import asyncio
+import contextlib
 import random
 from decimal import Decimal
 
-from fakes.house import House, request
-from fakes.venue import FakeVenue, btc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fakes.house import House, request
+from fakes.venue import FakeVenue, btc
 from nightdesk.errors import OrderDeniedError
 from nightdesk.model.order import OrderStatus
 
@@ -53,7 +54,9 @@ class Life:
             left = self.crashes.pop(0) if self.crashes else None
             self.house.store.hook = self.venue.hook = self._countdown(left)
             opening = asyncio.ensure_future(self.house.open())
-            while not opening.done():  # recovery may rest, and only a test moves its clock
+            while (
+                not opening.done()
+            ):  # recovery may rest, and only a test moves its clock
                 await self.house.settle(0.25)
             if opening.exception() is not None and not self.dead:
                 opening.result()
@@ -145,10 +148,8 @@ async def live(life: Life) -> None:
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
     await life.begin()
     for number in range(MOST_CYCLES):
-        try:
+        with contextlib.suppress(Crash):
             await life.cycle(number)
-        except Crash:
-            pass
         if life.dead:
             await life.bury()
             await life.begin()

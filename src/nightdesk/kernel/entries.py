@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context
 from enum import Enum, IntEnum
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import msgspec
 
@@ -204,8 +204,10 @@ def _first_cycle(entry: Entry) -> Cycle:
 
 
 def _as_coroutine_function(cycle: Callable[[], Awaitable[Outcome]]) -> Cycle:
-    if inspect.iscoroutinefunction(cycle.func if type(cycle) is partial else cycle):
-        return cycle  # (`inspect` unwraps a partial of a method only after a long look)
+    # A partial is unwrapped here, because `inspect` takes a long look at one of a method.
+    function = cycle.func if isinstance(cycle, partial) else cycle
+    if inspect.iscoroutinefunction(function):
+        return cast(Cycle, cycle)
 
     async def run() -> Outcome:
         return await cycle()

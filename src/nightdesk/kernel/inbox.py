@@ -17,6 +17,7 @@ from nightdesk.abc import Clock, Observer
 from nightdesk.errors import CapacityError
 from nightdesk.kernel.loop import LANE, OWNER, Lane, run_in_desk_lane
 from nightdesk.model.events import Event, Opportunity
+from nightdesk.model.instrument import instrument_key
 
 __all__ = ["Assess", "EventCallback", "Inbox"]
 
@@ -125,13 +126,22 @@ class _Mailbox:
 class _Route:
     """What is done with the events of one type: looked up once, so that the way of an event is short."""
 
-    __slots__ = ("counts", "handlers", "has_key", "max_age_ns", "sender", "subscribers")
+    __slots__ = (
+        "counts",
+        "handlers",
+        "has_instrument",
+        "has_key",
+        "max_age_ns",
+        "sender",
+        "subscribers",
+    )
 
     def __init__(
         self,
         subscribers: tuple[tuple[EventCallback, str], ...],
         handlers: tuple[_Handler, ...],
         has_key: bool,
+        has_instrument: bool,
         max_age_ns: int | None,
         sender: str | None,
         counts: dict[str, int],
@@ -139,6 +149,7 @@ class _Route:
         self.subscribers = subscribers
         self.handlers = handlers
         self.has_key = has_key
+        self.has_instrument = has_instrument
         self.max_age_ns = max_age_ns
         self.sender = sender
         self.counts = counts
@@ -200,6 +211,9 @@ class Inbox:
         self._offsets_ns: dict[str, int] = {}
         self._leads_ns: dict[str, int] = {}
         self._subscribers: list[_Subscriber] = []
+        # By instrument, and by owner: with 10,000 tasks a quote must not ask each whether it is concerned.
+        self._narrow: dict[str, dict[_Subscriber, None]] = {}
+        self._narrow_of: dict[str, list[tuple[str, _Subscriber]]] = {}
         self._handlers: dict[str, _Handler] = {}
         self._routes: dict[type[Event], _Route] = {}
         self._counts: dict[str, dict[str, int]] = {}
@@ -221,11 +235,13 @@ class Inbox:
         owner: str = "",
         conflated: bool = False,
         lane: Lane = Lane.DESK,
+        instruments: Iterable[str] | None = None,
     ) -> None:
         """Call `callback` with every event of `types` and their subtypes, in order of subscription.
 
         Args:
             owner: Names the subscriber in reports; `unsubscribe(owner)` ends it.
+            instruments: Only events of these, after those who asked for all; on the way of others it costs nothing.
             conflated: Deliver once per loop iteration, in `lane`, the newest event of each conflation key.
                 Otherwise the callback runs at once, on the way of the event: it must be quick.
         """
@@ -235,13 +251,25 @@ class Inbox:
             if conflated
             else None
         )
-        self._subscribers.append(_Subscriber(tuple(types), callback, owner, mailbox))
-        self._routes.clear()
+        subscriber = _Subscriber(tuple(types), callback, owner, mailbox)
+        if instruments is None:
+            self._subscribers.append(subscriber)
+            self._routes.clear()
+            return
+        for instrument in dict.fromkeys(instruments):
+            self._narrow.setdefault(instrument, {})[subscriber] = None
+            self._narrow_of.setdefault(owner, []).append((instrument, subscriber))
 
     def unsubscribe(self, owner: str) -> None:
         """End every subscription, and the opportunity handler, of `owner`. Harmless if there is none."""
-        for subscriber in self._subscribers:
-            if subscriber.owner == owner and subscriber.mailbox is not None:
+        ended = [s for s in self._subscribers if s.owner == owner]
+        for instrument, subscriber in self._narrow_of.pop(owner, ()):
+            ended.append(subscriber)
+            del self._narrow[instrument][subscriber]
+            if not self._narrow[instrument]:
+                del self._narrow[instrument]
+        for subscriber in ended:
+            if subscriber.mailbox is not None:
                 subscriber.mailbox.closed = True
         self._subscribers = [s for s in self._subscribers if s.owner != owner]
         self._handlers.pop(owner, None)
@@ -319,8 +347,20 @@ class Inbox:
                 deliver(event)
             except Exception as error:
                 self._note_failure("subscriber", owner, error)
+        if self._narrow and route.has_instrument:
+            self._deliver_narrowly(event)
         for handler in route.handlers:
             self._assess(handler, event)
+
+    def _deliver_narrowly(self, event: Any) -> None:
+        found = self._narrow.get(instrument_key(event.symbol, event.venue))
+        for subscriber in tuple(found or ()):
+            if not isinstance(event, subscriber.types):
+                continue
+            try:
+                subscriber.deliver(event)
+            except Exception as error:
+                self._note_failure("subscriber", subscriber.owner, error)
 
     def _show(self, event: Event, disposition: str) -> None:
         for watch in self._watchers:
@@ -389,6 +429,7 @@ class Inbox:
                 h for h in self._handlers.values() if issubclass(kind, h.handles)
             ),
             has_key=kind.duplicate_key is not Event.duplicate_key,
+            has_instrument="symbol" in fields and "venue" in fields,
             max_age_ns=ages[0] if ages else None,
             sender=next((name for name in _SENDER_FIELDS if name in fields), None),
             counts=self._counts.setdefault(
@@ -452,7 +493,9 @@ class Inbox:
 
     def stats(self) -> dict[str, Any]:
         """Return counts by event type and disposition, and what was conflated, dropped or failed."""
-        mailboxes = [s.mailbox for s in self._subscribers if s.mailbox is not None]
+        narrow = (s for each in self._narrow_of.values() for _, s in each)
+        everybody = dict.fromkeys((*self._subscribers, *narrow))
+        mailboxes = [s.mailbox for s in everybody if s.mailbox is not None]
         return {
             "events": {
                 kind: dict(counts) for kind, counts in sorted(self._counts.items())

@@ -275,6 +275,11 @@ class Scheduler:
 
     # --- Commands ------------------------------------------------------------------------------------
 
+    def successes(self, task_id: str) -> int | None:
+        """Return how often a task has succeeded; None if it is not here."""
+        entry = self._entries.get(task_id)
+        return entry.successes if entry is not None else None
+
     def wake(self, task_id: str) -> None:
         """Run the task as soon as its keys and a slot are free; while it runs, run it once more.
 

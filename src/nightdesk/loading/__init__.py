@@ -16,7 +16,12 @@ import msgspec
 
 from nightdesk.config import Config
 from nightdesk.errors import ConfigError
-from nightdesk.loading.build import adjustments, function_cycle, make_context
+from nightdesk.loading.build import (
+    adjustments,
+    function_cycle,
+    make_context,
+    make_task,
+)
 from nightdesk.loading.check import SECTIONS, check
 from nightdesk.loading.classes import catalog, load_class, load_task
 from nightdesk.loading.document import read_file
@@ -34,6 +39,7 @@ __all__ = [
     "load_config",
     "load_task",
     "make_context",
+    "make_task",
     "sample_config",
     "secrets_of",
 ]

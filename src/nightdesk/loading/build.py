@@ -21,7 +21,7 @@ from nightdesk.model.context import TaskContext
 from nightdesk.model.priority import Priority
 from nightdesk.model.schedule import Schedule
 
-__all__ = ["adjustments", "function_cycle", "make_context"]
+__all__ = ["adjustments", "function_cycle", "make_context", "make_task"]
 
 
 def make_context(
@@ -58,6 +58,20 @@ def make_context(
     try:
         return kind.context_class(task_id=entry.id, **values)
     except (TypeError, ValueError) as error:
+        raise ConfigError(where, [f"{error}."]) from error
+
+
+def make_task(kind: type[Task[Any]], entry: TaskEntry, config: Config) -> Task[Any]:
+    """Return a task that begins afresh.
+
+    Raises:
+        ConfigError: Its parameters cannot be used, one by one or together.
+    """
+    context = make_context(kind, entry, config)
+    try:
+        return kind(context)
+    except (TypeError, ValueError) as error:
+        where = f"{config.source_file}: task {entry.id!r}"
         raise ConfigError(where, [f"{error}."]) from error
 
 

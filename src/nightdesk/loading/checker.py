@@ -5,6 +5,7 @@ Goes to: loading/tree.py
 """
 
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any, Literal, get_args, get_origin
 
 import msgspec
@@ -39,6 +40,18 @@ _AT_LEAST: dict[Key, int] = {
     ("state", "keep_completed_hours"): 0,
 }
 _AT_MOST: dict[Key, int] = {("background", "hosts"): 256}
+# The same for keys of venues and sources, by their last name; True: 0 is too little.
+_LEAST_OF_PARTS: dict[str, tuple[int, bool]] = {
+    "tick_size": (0, True),
+    "lot_size": (0, True),
+    "max_quantity": (0, True),
+    "price": (0, True),
+    "min_quantity": (0, False),
+    "min_notional": (0, False),
+    "interval_ms": (1, False),
+    "history": (1, False),
+    "max_open_orders": (1, False),
+}
 
 
 class Checker:
@@ -70,10 +83,28 @@ class Checker:
     def value(self, raw: Any, hint: Any, path: Key) -> Any:
         """Return `raw` as `hint`, or `MISSING` after noting what was expected."""
         try:
-            return convert(raw, hint, str(path[-1]))
+            value = convert(raw, hint, str(path[-1]))
         except ValueError as error:
             self.wrong(path, raw, str(error), self._hint_for(raw, hint))
             return MISSING
+        too_little = self._too_little(value, path)
+        if too_little:
+            self.wrong(path, raw, too_little)
+            return MISSING
+        return value
+
+    @staticmethod
+    def _too_little(value: Any, path: Key) -> str:
+        """Return what was expected of a number of a venue or source that is below all sense."""
+        if path[0] not in ("venues", "sources") or not isinstance(value, int | Decimal):
+            return ""
+        name = "balance" if path[-2:-1] == ("balances",) else str(path[-1])
+        least, is_open = _LEAST_OF_PARTS.get(name, (None, False))
+        if name == "balance":
+            least = 0
+        if least is None or value > least or (value == least and not is_open):
+            return ""
+        return f"more than {least}" if is_open else f"{least} or more"
 
     def in_bounds(self, value: Any, path: Key) -> bool:
         """Return whether a number makes sense where it stands."""

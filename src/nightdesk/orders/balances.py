@@ -12,6 +12,7 @@ import msgspec
 from nightdesk.abc import Clock, Put, Store, Venue
 from nightdesk.errors import QueryFailedError, RecordCorruptError
 from nightdesk.model.instrument import Instrument
+from nightdesk.model.order import Fill
 from nightdesk.model.position import Position
 
 __all__ = ["BalanceCheck", "Mismatch"]
@@ -65,8 +66,13 @@ class BalanceCheck:
                 damaged.append(RecordCorruptError(_KIND, record.key, str(error)))
         return damaged
 
-    async def compare(self, venue: Venue, *, dry_run: bool = False) -> list[Mismatch]:
+    async def compare(
+        self, venue: Venue, *, dry_run: bool = False, unbooked: Iterable[Fill] = ()
+    ) -> list[Mismatch]:
         """Return what differs; on the very first look nothing does, and a baseline is taken (not with `dry_run`).
+
+        Args:
+            unbooked: Fills that a dry run found and may not book.
 
         Raises:
             QueryFailedError: No usable answer, which says nothing about positions.
@@ -84,6 +90,11 @@ class BalanceCheck:
                 venue.name, "balances", "an empty reply, which is never read as flat"
             )
         held = self._held(venue.name)
+        for fill in unbooked:
+            base = fill.symbol.split("/")[0]
+            fee = fill.fee if fill.fee_asset == base else _ZERO
+            change = fill.side.sign * fill.quantity - fee
+            held[base] = held.get(base, _ZERO) + change
         found = []
         for asset, instruments in bases.items():
             expected = baseline[asset] + held.get(asset, _ZERO)

@@ -322,7 +322,10 @@ class Ledger:
         known = self._ends.get(cid)
         total = max(event.filled_quantity, known.filled_quantity if known else _ZERO)
         booked = self.booked(cid)
-        trouble = _revival(order) if order.status is OrderStatus.REJECTED else ""
+        # Taken, and ended without a fill, while nobody could find it: as good as never arrived.
+        trouble = (
+            _revival(order) if order.status is OrderStatus.REJECTED and total else ""
+        )
         if known is not None and total == known.filled_quantity:
             return None
         if total > booked:

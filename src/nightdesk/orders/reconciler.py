@@ -86,6 +86,7 @@ class Reconciler:
         self._adopt = adopt
         self._cursors = cursors
         self._since_ns: dict[str, int] = {}
+        self._unbooked: dict[str, list[Fill]] = {}
         self._suspects: set[str] = set()
         self._suspicions: set[str] = set()
         self._contradictions: set[str] = set()
@@ -254,11 +255,12 @@ class Reconciler:
         self, venue: Venue, since_ns: int, step: RecoveryStep | None, dry: bool
     ) -> int:
         asked_ns = self._clock.now_ns()
-        count = 0
-        for fill in await venue.fills(since_ns):
-            if self._ledger.has_fill(fill.key):
-                continue
-            count += 1
+        missed = [
+            fill
+            for fill in await venue.fills(since_ns)
+            if not self._ledger.has_fill(fill.key)
+        ]
+        for fill in missed:
             known = self._ledger.client_id_of(venue.name, fill.venue_order_id)
             event = fill_event(fill, known)
             if not dry:
@@ -266,16 +268,19 @@ class Reconciler:
             elif step is not None:
                 step.notes.append(_describe(event))
         if step is not None:
-            step.count += count
+            step.count += len(missed)
+        self._unbooked[venue.name] = missed if dry else []
         self._since_ns[venue.name] = asked_ns
-        return count
+        return len(missed)
 
     async def _compare_at_start(
         self, venue: Venue, step: RecoveryStep, mismatches: list[Mismatch], dry: bool
     ) -> None:
         """A fill between the two questions looks like a difference: ask again before believing it."""
         for attempt in range(_TRIES):
-            found = await self._balances.compare(venue, dry_run=dry)
+            found = await self._balances.compare(
+                venue, dry_run=dry, unbooked=self._unbooked.get(venue.name, ())
+            )
             step.count += 1
             if not found:
                 return

@@ -332,6 +332,12 @@ class Gate:
     def state(self) -> TradingState:
         return self._switch.state
 
+    @property
+    def halted_by(self) -> str:
+        """Who halted trading; "" while it is not halted."""
+        is_halted = self._switch.state is TradingState.HALTED
+        return self._switch.actor if is_halted else ""
+
     async def halt(self, reason: str, actor: str, mode: str = "pause") -> None:
         """Stop every order that is not marked reduce-only: in force at once, durable when this returns.
 
@@ -367,6 +373,20 @@ class Gate:
             if equity is not None:
                 self._begin_day(self._clock.now_ns() // _DAY_NS, equity)
         await self._switch.move(TradingState.ACTIVE, reason, actor)
+
+    def lift(self, reason: str, actor: str) -> bool:
+        """Take back the halt that `actor` made, and no other; instruments that are halted stay so.
+
+        For halts whose cause can be seen to be gone. Returns whether there was such a halt.
+        """
+        if self.halted_by != actor:
+            return False
+        try:
+            self._switch.move(TradingState.ACTIVE, reason, actor, keep_symbols=True)
+        except NightdeskError as error:
+            text = f"trading goes on, but a restart would be halted: {error}"
+            self._alert("warning", "gate", text)
+        return True
 
     async def halt_symbol(
         self, symbol: str, venue: str, reason: str, actor: str = "orders"

@@ -100,7 +100,13 @@ class KillSwitch:
             )
 
     def move(
-        self, state: TradingState, reason: str, actor: str, mode: str = "pause"
+        self,
+        state: TradingState,
+        reason: str,
+        actor: str,
+        mode: str = "pause",
+        *,
+        keep_symbols: bool = False,
     ) -> Awaitable[None]:
         """Change the state now; awaiting the result waits until the change is durable.
 
@@ -129,7 +135,7 @@ class KillSwitch:
         batch: list[Put | Delete] = [
             Put(_KIND, _WHOLE, msgspec.json.encode(self._saved))
         ]
-        if state is TradingState.ACTIVE:
+        if state is TradingState.ACTIVE and not keep_symbols:
             batch += [Delete(_KIND, _SYMBOL + key) for key in self.symbols]
             self.symbols.clear()
         return self._save(

@@ -182,6 +182,16 @@ class DirectoryStore(Store):
             (self.directory / _RESERVE).unlink()
         return size
 
+    def take_reserve(self) -> bool:
+        """Keep the space back again if the disk has plenty; return whether it is kept back.
+
+        Taken too early it would fill the disk again.
+        """
+        free = os.statvfs(self.directory)
+        if free.f_bavail * free.f_frsize > _PLENTY_BYTES:
+            self._fill_reserve()
+        return self._reserve_bytes() > 0
+
     # --- what a store adds; all of it runs in the writer's thread ---------------------------------
 
     @abstractmethod
@@ -279,9 +289,7 @@ class DirectoryStore(Store):
             if self.on_failure is not None:
                 self.on_failure(error)
             return
-        free = os.statvfs(self.directory)
-        if free.f_bavail * free.f_frsize > _PLENTY_BYTES:
-            self._fill_reserve()  # taken back too early it would fill the disk again
+        self.take_reserve()
         if self.on_recovery is not None:
             self.on_recovery()
 

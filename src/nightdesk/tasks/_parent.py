@@ -105,6 +105,9 @@ class ParentOrderTask(Task[ContextT]):
     def keys(self) -> tuple[str, ...]:
         return (instrument_key(self.context.symbol, self.context.venue),)
 
+    def watches(self) -> tuple[str, ...]:
+        return self.keys()
+
     def wants(self, event: Event) -> bool:
         """Only quotes of the own instrument concern a parent order."""
         return (

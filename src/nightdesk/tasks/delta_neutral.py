@@ -137,6 +137,9 @@ class DeltaNeutralTask(Task[DeltaNeutralContext]):
             for side in Side
         )
 
+    def watches(self) -> tuple[str, ...]:
+        return self.keys()
+
     def wants(self, event: Event) -> bool:
         """Only quotes of the two legs concern this task."""
         return (

@@ -54,6 +54,11 @@ def _money(status: Mapping[str, Any]) -> list[str]:
 
 def _work(status: Mapping[str, Any]) -> list[str]:
     reasons = []
+    kept = (status.get("store") or {}).get("state", "ok")
+    if kept != "ok":
+        reasons.append(
+            f"state cannot be written (the store is {kept}); `df` and `nightdesk doctor` show why"
+        )
     if status.get("degraded"):
         reasons.append("the loop stood still for more than a second; see the offenders")
     by_status = (status.get("tasks") or {}).get("by_status") or {}

@@ -68,11 +68,15 @@ class Judge:
         self.fills = _fills_at_the_venue(original)
         self.wrong: list[str] = []
         self.quarantining: Damage | None = None
+        self._copies = 0
+        self._work = folder / "work-0"
 
     def copy(self, name: str, damage: Damage) -> Path:
         """Return a copy of the directory in which one file is damaged."""
-        work = self.folder / "work"
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(self._work, ignore_errors=True)
+        # Another name each time: the log of the last desk may still write its last line.
+        self._copies += 1
+        work = self._work = self.folder / f"work-{self._copies}"
         shutil.copytree(self.original, work)
         (work / name).write_bytes(damage((work / name).read_bytes()))
         return work

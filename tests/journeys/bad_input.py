@@ -300,13 +300,16 @@ def _in_processes(check: Check, folder: Path, judge: Judge, name: str) -> None:
     if judge.quarantining is not None:
         samples["with one flipped bit"] = judge.quarantining
     for what, damage in samples.items():
+        # Right after a kill the log beside the database may hold all of it, and then nothing is lost.
+        is_whole = judge.judge(name, damage, whole_desk=False) == "whole"
         judge.copy(name, damage).rename(folder / "state")
         (folder / "out.log").unlink(missing_ok=True)
         with RunningDesk(folder, config="still.yaml") as desk:
             if desk.until_up():
                 shown = desk.ask("status").get("quarantined")
                 claim = f"{name} {what}: up, and says what it put aside"
-                check(claim, bool(shown), str(shown)[:160])
+                figure = "nothing is lost" if is_whole else str(shown)[:160]
+                check(claim, bool(shown) or is_whole, figure)
             else:
                 code, said = desk.process.wait(5), desk.said().strip()
                 is_line = len(said.splitlines()) == 1 and "Traceback" not in said

@@ -1,7 +1,8 @@
 """The paper venue's statement on disk: JSON lines, appended, never rewritten.
 
 A batch of rows is one write, so `kill -9` leaves at most one torn line, which is cut at the next
-start. A line that cannot be read anywhere else means that acknowledged rows are damaged.
+start. Each line ends in a checksum over it and all before it: money may never change, vanish or move
+in silence because a byte did.
 
 Comes from: venues/paper.py
 Goes to: venues/paper.py
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import msgspec
 
@@ -25,6 +27,7 @@ __all__ = ["OrderSummary", "StatementFile", "read_rows", "read_statement", "summ
 _decoder = msgspec.json.Decoder(StatementRow)
 _encoder = msgspec.json.Encoder()
 _NOTHING = Decimal(0)
+_SEAL = b',"crc":'
 
 
 class OrderSummary(msgspec.Struct, kw_only=True):
@@ -56,13 +59,14 @@ class StatementFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: int | None = None
+        self._chain = 0
 
     def open(self) -> list[StatementRow]:
         """Take the file, cut a torn tail, and return what it holds.
 
         Raises:
             StateLockedError: Another venue writes it.
-            StateDamagedError: A line before the last cannot be read.
+            StateDamagedError: A line is not what was written.
             StateNotWritableError: It cannot be opened for writing.
         """
         try:
@@ -80,7 +84,8 @@ class StatementFile:
             raise StateLockedError(str(self.path.parent), None, "", "") from error
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
-        rows = _decode(self.path, data[:whole])
+        lines, self._chain = _checked(self.path, data[:whole])
+        rows = _decode(self.path, lines)
         if whole < len(data):
             os.ftruncate(self._descriptor, whole)
         return rows
@@ -92,7 +97,12 @@ class StatementFile:
             StateNotWritableError: They may be missing from the file, whole or in part.
         """
         assert self._descriptor is not None, "the statement is not open"
-        data = _encoder.encode_lines(rows)
+        lines, chain = [], self._chain
+        for row in rows:
+            line, chain = _sealed(_encoder.encode(row), chain)
+            lines.append(line)
+        data = b"".join(lines)
+        self._chain = chain
         try:
             while data:
                 data = data[os.write(self._descriptor, data) :]
@@ -111,19 +121,45 @@ _SPACE = "Check space and rights of its directory, then start the venue again: i
 
 
 def read_rows(path: Path) -> list[StatementRow]:
-    """Return the rows of a statement, without a torn last line; also while a venue writes it."""
-    data = path.read_bytes()
-    return _decode(path, data[: data.rfind(b"\n") + 1])
+    """Return the rows of a statement, without a torn last line; also while a venue writes it.
+
+    Raises:
+        StateDamagedError: A line is not what was written.
+    """
+    return _decode(path, _lines_of(path))
 
 
 def read_statement(path: Path) -> list[dict[str, Any]]:
-    """Return the rows as plain mappings; money stays text, exactly as written."""
+    """Return the rows as plain mappings; money stays text, exactly as written.
+
+    Raises:
+        StateDamagedError: A line is not what was written.
+    """
+    return [msgspec.json.decode(line) for line in _lines_of(path)]
+
+
+def _lines_of(path: Path) -> list[bytes]:
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    rows: list[dict[str, Any]] = [
-        msgspec.json.decode(line) for line in whole.splitlines()
-    ]
-    return rows
+    return _checked(path, data[: data.rfind(b"\n") + 1])[0]
+
+
+def _sealed(line: bytes, chain: int) -> tuple[bytes, int]:
+    """Return `line` as it stands in the file, with the checksum up to here, and that checksum."""
+    chain = crc32(line, chain)
+    return b"%s%s%d}\n" % (line[:-1], _SEAL, chain), chain
+
+
+def _checked(path: Path, data: bytes) -> tuple[list[bytes], int]:
+    """Return the lines as they were before they were sealed, and the last checksum."""
+    lines: list[bytes] = []
+    chain = 0
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        bare = line.rpartition(_SEAL)[0] + b"}"
+        sealed, chain = _sealed(bare, chain)
+        if sealed[:-1] != line:
+            raise _damaged(path, number, "its checksum does not fit")
+        lines.append(bare)
+    return lines, chain
 
 
 def summarise(rows: Iterable[StatementRow]) -> dict[str, OrderSummary]:
@@ -165,15 +201,19 @@ def _add_fill(known: OrderSummary, row: Traded) -> None:
     )
 
 
-def _decode(path: Path, data: bytes) -> list[StatementRow]:
+def _decode(path: Path, lines: Iterable[bytes]) -> list[StatementRow]:
     rows: list[StatementRow] = []
-    for number, line in enumerate(data.splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(_decoder.decode(line))
-        except msgspec.MsgspecError as error:
-            raise StateDamagedError(
-                str(path),
-                f"line {number} cannot be read ({error})",
-                "Restore it from a backup, or move the file away to start this paper venue anew.",
-            ) from error
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise _damaged(path, number, str(error)) from error
     return rows
+
+
+def _damaged(path: Path, number: int, found: str) -> StateDamagedError:
+    return StateDamagedError(
+        str(path),
+        f"line {number} cannot be read ({found})",
+        "Restore it from a backup, or move the file away to start this paper venue anew.",
+    )

@@ -727,3 +727,55 @@ def test_check_config_returns_problems_or_warnings(tmp_path: Path) -> None:
     assert loading.check_config(bad) == [
         f"{bad}: line 1: no key `nxme`. Did you mean 'name'?"
     ]
+
+
+# --- many of one kind -------------------------------------------------------------------------------------
+
+
+def test_count_stands_for_that_many_tasks_that_differ_in_their_number_alone(
+    tmp_path: Path,
+) -> None:
+    config = load(tmp_path, task("count: 3"))
+
+    assert [entry.id for entry in config.tasks] == ["sell-1", "sell-2", "sell-3"]
+    assert config.tasks[0].params == config.tasks[2].params
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "100001", "many"])
+def test_a_count_out_of_bounds_is_named_with_its_line(
+    count: str, tmp_path: Path
+) -> None:
+    found = problems(tmp_path, task(f"count: {count}"))
+
+    assert found[0].startswith("line 14: `tasks[0].count` is ")
+
+
+def test_a_numbered_id_that_another_task_has_is_refused(tmp_path: Path) -> None:
+    text = task("count: 2") + "  - {id: sell-2, type: candles}\n"
+
+    assert "a second task has the id 'sell-2'" in problems(tmp_path, text)[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong"),
+    [("tick_size: 0.1", "tick_size: -0.1"), ("lot_size: 0.001", "lot_size: 0")],
+)
+def test_a_grid_that_cannot_be_is_refused_with_its_line(
+    key: str, wrong: str, tmp_path: Path
+) -> None:
+    found = problems(tmp_path, SMALL.replace(key, wrong))
+
+    assert found[0].startswith("line 5: ")
+    assert "expected more than 0" in found[0]
+
+
+def test_what_a_task_itself_refuses_is_told_at_the_line_of_its_key(
+    tmp_path: Path,
+) -> None:
+    found = problems(
+        tmp_path, SMALL.replace("order_quantity: 0.1", "order_quantity: -0.1")
+    )
+
+    assert len(found) == 1
+    assert found[0].startswith("line 13: ")
+    assert "expected more than 0" in found[0]

@@ -126,6 +126,7 @@ class TradingDesk(Observer):
             observers=(self,),
             alert=self.alert,
         )
+        self.gate.on_state_changed = self.inbox.emit
         self.orders = OrderProtocol(
             code=config.code,
             gate=self.gate,
@@ -426,6 +427,9 @@ class TradingDesk(Observer):
             error=f"{type(error).__name__}: {error}",
             consequence=consequence,
         )
+
+    def on_alert(self, level: str, source: str, text: str) -> None:
+        self.alert(level, source, text)
 
     def on_switch(self, trace: SwitchTrace) -> None:
         self.log.debug(

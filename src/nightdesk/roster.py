@@ -442,7 +442,11 @@ class Roster:
             raise UnknownTaskError(task_id, self.local)
 
     async def remove(self, task_id: str) -> bool:
-        """Stop a task and forget it; its orders stay in the ledger. False: there is none."""
+        """Stop a task and forget it; False: there is none.
+
+        Its finished orders go to the archive, so that a new task of the same id does not take them for
+        its own. Open ones stay at their venue and in the ledger: cancel them first, or the sweep shows them.
+        """
         local = self.local.pop(task_id, None)
         is_scheduled = self._desk.scheduler.knows(task_id)
         if is_scheduled:
@@ -451,6 +455,7 @@ class Roster:
             self._unlisten(local)
             await self._say_goodbye(local)
             await self._desk.checkpoints.delete(task_id)
+            await self._desk.orders.forget(task_id)
         return is_scheduled or local is not None
 
     async def stop(self, timeout_s: float) -> list[str]:

@@ -41,7 +41,8 @@ class FakeVenue(Venue):
             `fill:QUANTITY` (accepted and filled so far, told before the reply); `accept` without one.
         cancels: Answers to the next cancels: `ok`, `lost_reply`, `lost_request`, `filled_first`; `ok` without one.
         failing: How many of the next questions get no usable answer.
-        lookup: `all` finds every order by its id, `open_only` just working ones; both only after `index_lag_s`.
+        lookup: `all` finds every order by its id, `open_only` just working ones, `listed_only` none; all
+            only after `index_lag_s`.
         telling: `now` emits events at once, `hold` keeps them in `outbox`, `drop` loses them.
         requests: Every request that arrived, in order, as `(verb, client_order_id)`.
         hook: Called at every entry and exit of a request; may raise.
@@ -155,6 +156,10 @@ class FakeVenue(Venue):
         self._keep(order)
         return order
 
+    def delay_index(self, client_order_id: str, seconds: float) -> None:
+        """Make look-ups find an order later than `index_lag_s` promises."""
+        self._placed_ns[client_order_id] += round(seconds * 1e9)
+
     def release(self) -> None:
         """Emit what was held, in order."""
         held, self.outbox = self.outbox, []
@@ -241,7 +246,7 @@ class FakeVenue(Venue):
         self._question(f"find_order {client_order_id}")
         await asyncio.sleep(0)
         found = self.orders.get(client_order_id)
-        if found is None or not self._is_indexed(found):
+        if found is None or self.lookup == "listed_only" or not self._is_indexed(found):
             return None
         return (
             None if self.lookup == "open_only" and not found.status.is_open else found

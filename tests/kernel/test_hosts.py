@@ -584,3 +584,25 @@ async def test_ten_thousand_harmless_tasks_live_in_one_host(tmp_path: Path) -> N
         line: dict[str, Any] = pool.describe()[0]
         assert line["resident_mb"] < 400
         assert desk.offenders == []
+
+
+async def test_a_quarantined_task_stays_so_although_its_host_is_replaced(
+    tmp_path: Path,
+) -> None:
+    """It would harm its new neighbours as it did the old ones."""
+    desk = RecordingCallbacks()
+    async with running_pool(tmp_path, desk, timeout_s=0.5) as pool:
+        await pool.run_task(hosted("good"))
+        await pool.run_task(hosted("q", "Swallower", timeout_s=0.2))
+        await until(lambda: health_of(pool, "q").status == "quarantined", "quarantine")
+        why = health_of(pool, "q").why
+
+        await pool.run_task(hosted("bad", "Spinner"))
+        await until(lambda: health_of(pool, "good").restarts, "the host is replaced")
+        before = len(desk.counts("good"))
+        await until(lambda: len(desk.counts("good")) > before + 5, "others go on")
+
+        assert health_of(pool, "q").status == "quarantined"
+        assert health_of(pool, "q").why == why
+        assert pool.count_by_status()["quarantined"] >= 1
+        assert "q" in [line.task_id for line in pool.health_of(("quarantined",))]

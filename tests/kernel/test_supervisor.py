@@ -228,3 +228,18 @@ def test_a_pause_during_a_failing_cycle_stays_a_pause(world: World) -> None:
     assert world.scheduler.health("a").status == "paused"
     assert world.scheduler.health("a").errors == 1
     assert world.count("a") == 1
+
+
+def test_failures_in_a_host_that_is_gone_count_towards_quarantine() -> None:
+    supervisor = Supervisor(random=random.Random(1))
+    failures = supervisor.remember(7, 0)
+
+    _, verdict = supervisor.answer(
+        "poison", "own", failures, ValueError("bad record"), now_ns=SECOND_NS, runs=1
+    )
+
+    assert verdict.quarantined
+
+
+def test_a_task_that_never_failed_brings_nothing_with_it() -> None:
+    assert Supervisor(random=random.Random(1)).remember(0, 0) is None

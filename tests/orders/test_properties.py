@@ -186,7 +186,7 @@ def judge(life: Life) -> None:
 @given(
     seed=st.integers(0, 2**32),
     crashes=st.lists(st.integers(0, 60), max_size=6),
-    lookup=st.sampled_from(["all", "open_only"]),
+    lookup=st.sampled_from(["all", "open_only", "listed_only"]),
     expiry_s=st.sampled_from([0.0, 1.0]),
     lag_s=st.sampled_from([0.0, 0.5]),
 )

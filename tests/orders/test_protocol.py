@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from fakes.house import House, request
+from fakes.store import CrashableStore
 from fakes.venue import FakeVenue
 from nightdesk.errors import NightdeskError, OrderDeniedError, StateNotWritableError
 from nightdesk.model.events import (
@@ -22,7 +23,7 @@ from nightdesk.model.events import (
     OrderUnknown,
 )
 from nightdesk.model.order import Fill, Order, OrderStatus, Side
-from nightdesk.orders.ids import ClientOrderIds
+from nightdesk.orders.ids import ClientOrderIds, parse
 from nightdesk.orders.ledger import Ledger
 
 D = Decimal
@@ -47,6 +48,12 @@ def fill(
         price=D(price),
         **more,
     )
+
+
+def standing(house: House, cid: str) -> Order:
+    found = house.orders.order(cid)
+    assert found is not None
+    return found
 
 
 def names(cid: str) -> dict[str, Any]:
@@ -135,7 +142,7 @@ async def test_t13_a_lost_reply_is_resolved_by_its_id_and_never_resent(
     assert order.status is OrderStatus.UNKNOWN
     await house.settle(0.5)
 
-    assert house.orders.order(order.client_order_id).status is OrderStatus.ACCEPTED  # type: ignore[union-attr]
+    assert standing(house, order.client_order_id).status is OrderStatus.ACCEPTED
     assert house.venue.requests == [("submit", order.client_order_id)]
     assert house.orders.unresolved_count == 0
 
@@ -150,7 +157,7 @@ async def test_an_unknown_order_blocks_its_symbol_until_it_is_proven() -> None:
     assert order.working_quantity == D("1")
 
     await house.settle(9.9)
-    assert house.orders.order(order.client_order_id).status is OrderStatus.UNKNOWN  # type: ignore[union-attr]
+    assert standing(house, order.client_order_id).status is OrderStatus.UNKNOWN
     await house.settle(20)
     proven = house.orders.order(order.client_order_id)
     assert proven is not None
@@ -172,14 +179,14 @@ async def test_a_failed_question_is_never_evidence() -> None:
     for _ in range(30):
         await house.settle(5)
 
-    assert house.orders.order(order.client_order_id).status is OrderStatus.UNKNOWN  # type: ignore[union-attr]
+    assert standing(house, order.client_order_id).status is OrderStatus.UNKNOWN
     assert any(
         "is unresolved after 10 look-ups" in text
         for _, _, text in house.listener.alerts
     )
     house.venue.failing = 0
     await house.settle(10)
-    assert house.orders.order(order.client_order_id).status is OrderStatus.REJECTED  # type: ignore[union-attr]
+    assert standing(house, order.client_order_id).status is OrderStatus.REJECTED
 
 
 async def test_a_venue_clock_behind_ours_delays_the_negative() -> None:
@@ -190,10 +197,10 @@ async def test_a_venue_clock_behind_ours_delays_the_negative() -> None:
     order = await house.orders.submit("t", request())
 
     await house.settle(30)
-    assert house.orders.order(order.client_order_id).status is OrderStatus.UNKNOWN  # type: ignore[union-attr]
+    assert standing(house, order.client_order_id).status is OrderStatus.UNKNOWN
     for _ in range(10):
         await house.settle(5)
-    assert house.orders.order(order.client_order_id).status is OrderStatus.REJECTED  # type: ignore[union-attr]
+    assert standing(house, order.client_order_id).status is OrderStatus.REJECTED
 
 
 async def test_a_task_cancelled_while_the_request_is_under_way_leaves_the_order_unknown() -> (
@@ -304,7 +311,7 @@ async def test_the_word_that_an_order_is_cancelled_may_get_lost() -> None:
     await house.orders.cancel(order.client_order_id)
     await house.settle(3)
 
-    assert house.orders.order(order.client_order_id).status is OrderStatus.CANCELED  # type: ignore[union-attr]
+    assert standing(house, order.client_order_id).status is OrderStatus.CANCELED
 
 
 async def test_a_cancel_that_never_arrived_is_taken_back_once_it_is_void() -> None:
@@ -319,9 +326,9 @@ async def test_a_cancel_that_never_arrived_is_taken_back_once_it_is_void() -> No
     )  # type: ignore[union-attr]
     await house.settle(5)
 
-    assert house.orders.order(order.client_order_id).status is OrderStatus.ACCEPTED  # type: ignore[union-attr]
+    assert standing(house, order.client_order_id).status is OrderStatus.ACCEPTED
     await house.orders.cancel(order.client_order_id)
-    assert house.orders.order(order.client_order_id).status is OrderStatus.CANCELED  # type: ignore[union-attr]
+    assert standing(house, order.client_order_id).status is OrderStatus.CANCELED
 
 
 async def test_t22_an_end_that_names_more_fills_than_are_booked_waits_for_them() -> (
@@ -558,7 +565,7 @@ async def test_an_order_that_lives_although_it_counted_as_rejected_halts_its_sym
 
     house.emit(OrderAccepted(**names(order.client_order_id)))
 
-    assert house.orders.order(order.client_order_id).status is OrderStatus.ACCEPTED  # type: ignore[union-attr]
+    assert standing(house, order.client_order_id).status is OrderStatus.ACCEPTED
     assert house.gate.describe()["halted_symbols"]
 
 
@@ -582,7 +589,7 @@ async def test_booking_goes_on_and_trading_halts_when_the_store_fails() -> None:
 
     house.venue.fill(order.client_order_id, "0.5")
 
-    assert house.orders.order(order.client_order_id).filled_quantity == D("0.5")  # type: ignore[union-attr]
+    assert standing(house, order.client_order_id).filled_quantity == D("0.5")
     assert house.gate.state == "HALTED"
 
 
@@ -602,3 +609,103 @@ async def test_finished_orders_of_a_gone_task_move_to_the_archive() -> None:
         == 1
     )
     assert len(house.orders.open_orders()) == 1
+
+
+# --- evidence ------------------------------------------------------------------------------------------
+
+
+async def test_an_order_that_only_the_open_list_knows_is_found_there() -> None:
+    house = await House(FakeVenue(lookup="listed_only")).open()
+    house.venue.submits.append("lost_reply")
+    order = await house.orders.submit("t", request())
+
+    await house.settle(1)
+
+    assert standing(house, order.client_order_id).status is OrderStatus.ACCEPTED
+
+
+async def test_one_negative_is_not_enough_although_every_wait_is_over() -> None:
+    """The venue's index is slower than it promises: only the second look, a lag later, finds the order."""
+    house = await House(FakeVenue(expiry_s=1.0, index_lag_s=1.0)).open()
+    house.venue.submits.append("lost_reply")
+    order = await house.orders.submit("t", request())
+    house.venue.delay_index(order.client_order_id, 1.5)
+
+    await house.settle(10)
+
+    assert standing(house, order.client_order_id).status is OrderStatus.ACCEPTED
+
+
+async def test_a_garbled_answer_does_not_end_the_watch() -> None:
+    house = await House().open()
+    house.venue.submits.append("lost_reply")
+    order = await house.orders.submit("t", request())
+    original = house.venue.find_order
+
+    async def garbled(symbol: str, client_order_id: str) -> Any:
+        house.venue.find_order = original  # type: ignore[method-assign]
+        raise KeyError("status")
+
+    house.venue.find_order = garbled  # type: ignore[method-assign]
+    await house.settle(2)
+
+    assert standing(house, order.client_order_id).status is OrderStatus.ACCEPTED
+
+
+async def test_an_order_that_the_venue_lists_as_rejected_is_rejected() -> None:
+    house = await House().open()
+    house.venue.submits.append("lost_reply")
+    order = await house.orders.submit("t", request())
+    house.venue.telling = "drop"
+    house.venue.end(order.client_order_id, OrderStatus.REJECTED)
+
+    await house.settle(1)
+
+    assert standing(house, order.client_order_id).status is OrderStatus.REJECTED
+
+
+async def test_an_order_filled_with_less_than_asked_is_over() -> None:
+    house = await House().open()
+    house.venue.submits.append("lost_reply")
+    order = await house.orders.submit("t", request())
+    house.venue.telling = "drop"
+    house.venue.fill(order.client_order_id, "0.9")
+    house.venue.end(order.client_order_id, OrderStatus.FILLED)
+
+    await house.settle(1)
+
+    final = standing(house, order.client_order_id)
+    assert (final.status, final.filled_quantity) == (OrderStatus.EXPIRED, D("0.9"))
+
+
+async def test_a_desk_restored_from_a_backup_repeats_no_id() -> None:
+    """The backup brings back an old epoch and an old sequence; the wall clock does not go back."""
+    house = await House().open()
+    backup = dict(house.store.disk)
+    first = await house.orders.submit("t", request())
+    house.venue.end(first.client_order_id)
+    house.clock.jump(1)
+
+    restored = House(
+        house.venue, CrashableStore(backup, house.store.epoch), house.clock
+    )
+    await restored.open()
+    second = await restored.orders.submit("t", request())
+
+    assert second.client_order_id != first.client_order_id
+    assert (
+        parse(second.client_order_id).sequence > parse(first.client_order_id).sequence
+    )  # type: ignore[union-attr]
+
+
+async def test_the_sequence_goes_on_even_if_the_clock_goes_back() -> None:
+    house = await House().open()
+    first = await house.orders.submit("t", request())
+    house.clock.jump(-3600)
+
+    after = await house.next().open()
+    second = await after.orders.submit("t", request())
+
+    assert (
+        parse(second.client_order_id).sequence > parse(first.client_order_id).sequence
+    )  # type: ignore[union-attr]

@@ -343,3 +343,21 @@ def test_a_frame_that_lies_about_its_body_is_bad() -> None:
     head = log._HEAD.pack(b"NDJ\x01", len(body), 0, log._checksum(0, body))
 
     assert log.replay(head + body, "journal.log").torn_bytes == len(head + body)
+
+
+async def test_a_refused_start_reports_nothing_but_its_reason(tmp_path: Path) -> None:
+    """A failure told beside it would read as if the disk could not be written."""
+    store = build(tmp_path, inline=False)
+    await store.start()
+    await store.save([context("iceberg-1")])
+    await store.stop()
+    path = tmp_path / "journal.log"
+    path.write_bytes(path.read_bytes()[:40])
+    told: list[Exception] = []
+    again = build(tmp_path, inline=False, on_failure=told.append)
+
+    with pytest.raises(StateDamagedError):
+        await again.start()
+    await asyncio.sleep(0)
+
+    assert told == []

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +346,30 @@ async def test_a_damaged_line_stops_the_start_and_names_it(tmp_path: Path) -> No
     path.write_bytes(b"{broken}\n" + path.read_bytes())
 
     with pytest.raises(StateDamagedError, match="line 1"):
+        async with PaperHouse(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [line.replace(b"1.5", b"1.6") for line in lines],
+        lambda lines: [lines[0], *lines[2:]],
+        lambda lines: [lines[1], lines[0], *lines[2:]],
+        lambda lines: [lines[0], b"\xff" + lines[1][1:], *lines[2:]],
+    ],
+    ids=["changed", "gone", "moved", "no text"],
+)
+async def test_a_changed_or_missing_line_is_never_taken_for_the_truth(
+    tmp_path: Path, damage: Callable[[list[bytes]], list[bytes]]
+) -> None:
+    async with PaperHouse(tmp_path) as house:
+        await house.venue.submit(order("a", BUY, "1.5", "100.2"))
+        await house.venue.cancel(order("a", BUY, "1.5", "100.2"))
+    path = tmp_path / "statement.jsonl"
+    path.write_bytes(b"".join(damage(path.read_bytes().splitlines(keepends=True))))
+
+    with pytest.raises(StateDamagedError, match=r"line \d cannot be read"):
         async with PaperHouse(tmp_path):
             pass
 

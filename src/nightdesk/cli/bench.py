@@ -16,7 +16,7 @@ from nightdesk.errors import CommandError
 
 __all__ = ["bench"]
 
-Name = Literal["switch", "commit", "schedule", "recover", "path"]
+Name = Literal["switch", "commit", "schedule", "recover", "path", "hours"]
 
 
 def bench(

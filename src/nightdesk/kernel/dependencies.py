@@ -28,6 +28,8 @@ class Dependencies:
         Raises:
             TaskCycleError: Names it.
         """
+        if not new.after:
+            return
 
         def follow(name: str, trail: list[str]) -> None:
             if name == new.task_id:

@@ -146,6 +146,8 @@ class FilesStore(DirectoryStore):
 
     def rest(self, *, busy: bool) -> bool:
         """Bring the readable files up to date while nothing else waits, and some of them each second."""
+        if self._journal is None:
+            return False  # a start that was refused
         late = self._clock.monotonic_ns() - self._mirrored_ns >= _MIRROR_LAG_NS
         if self._mirror.waiting and (late or not busy):
             with _full():

@@ -39,8 +39,12 @@ coverage: setup ## the tests with coverage of src/
 	@$(BIN)/coverage run -m pytest -q -rs
 	@$(BIN)/coverage combine -q && $(BIN)/coverage report --skip-covered --fail-under=90
 
-journeys: setup ## whole stories with real processes: the kill sweep (about 20 minutes)
-	@$(BIN)/python tests/journeys/kill_sweep.py --points 300
+journeys: setup ## whole stories with real processes: kill sweep, bad neighbours, bad input (about 30 minutes)
+	@status=0; \
+	$(BIN)/python tests/journeys/kill_sweep.py --points 300 || status=1; \
+	$(BIN)/python tests/journeys/bad_neighbours.py || status=1; \
+	$(BIN)/python tests/journeys/bad_input.py || status=1; \
+	exit $$status
 
 journeys-quick: setup ## the same with 20 kill points
 	@$(BIN)/python tests/journeys/kill_sweep.py --points 20

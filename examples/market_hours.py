@@ -23,6 +23,10 @@ class Services:
         await asyncio.sleep(0.01)
         return {"NIFTY": "24500.00"}
 
+    async def _fetch_headlines(self) -> list[str]:
+        await asyncio.sleep(0.01)
+        return ["Markets open higher"]
+
     async def monitor_market(self) -> None:
         await self.cache.get("market", "quotes", self._fetch_quotes)
 
@@ -30,7 +34,7 @@ class Services:
         await self.cache.get("market", "quotes", self._fetch_quotes)
 
     async def integrate_news(self) -> None:
-        await self.cache.get("news", "headlines", self._fetch_quotes)
+        await self.cache.get("news", "headlines", self._fetch_headlines)
 
 
 async def main() -> None:
@@ -62,7 +66,7 @@ async def main() -> None:
             print(
                 f"{name}: {line.status}, {line.runs} runs, {line.restarts} restarts, {line.why}"
             )
-        print("requests", services.requests, "cache", services.cache.stats())
+        print("requests for quotes", services.requests, "cache", services.cache.stats())
     finally:
         await manager.stop()
 

@@ -48,7 +48,7 @@ def test_design_003_market_hours_and_cache(tmp_path: Path) -> None:
 
     assert "started 4 tasks" in output
     assert "market_monitoring: waiting, 1 runs" in output
-    assert "requests 1" in output, "two tasks asked, one request went out"
+    assert "requests for quotes 1" in output, "two tasks asked, one request went out"
 
 
 def test_design_004_refuses_an_empty_manager_and_runs_a_full_one(

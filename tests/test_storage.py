@@ -29,6 +29,7 @@ class TroubledStore(SqliteStore):
 
     state: Any = "full"
     has_room = False
+    free: int | None = None
     released = False
 
     def release_reserve(self) -> int:
@@ -37,6 +38,9 @@ class TroubledStore(SqliteStore):
 
     def take_reserve(self) -> bool:
         return self.has_room
+
+    def free_bytes(self) -> int | None:
+        return self.free
 
 
 class House:
@@ -126,3 +130,16 @@ async def test_after_a_failed_write_the_desk_ends_with_code_5(tmp_path: Path) ->
     assert house.gate.halted_by == "store"
     assert house.exit_code == 5
     assert house.stopping.is_set()
+
+
+async def test_a_disk_that_is_nearly_full_halts_before_a_write_fails(
+    tmp_path: Path,
+) -> None:
+    house = House(tmp_path)
+    house.store.state, house.store.free = "ok", 4096
+
+    await house.look()
+
+    assert house.gate.halted_by == "full disk"
+    assert "4 KiB are left" in house.gate.reason
+    assert not house.store.released

@@ -199,6 +199,7 @@ class TradingDesk(Observer):
         await self.store.start()
         laps.end("store")
         await self.gate.load()
+        await self.gate.check_flag_file(self.directory / "HALT")
         await self._build_doors()
         self.inbox.subscribe((QuoteChanged,), self._on_quote)
         self.inbox.subscribe((OrderEvent,), self.orders.on_event)
@@ -252,6 +253,9 @@ class TradingDesk(Observer):
         self.ready = False
         for source in self.sources.values():
             await source.stop()
+        # Before the tasks: nobody would be there to repair what a handler leaves, and a venue in a
+        # process of its own goes on showing its market.
+        await self.switch.stop()
         stuck = await self.roster.stop(self.config.kernel.stop_timeout_s)
         await self.orders.stop()
         for venue in self.venues.values():
@@ -259,7 +263,6 @@ class TradingDesk(Observer):
         for chore in self._chores:
             chore.cancel()
         await asyncio.gather(*self._chores, return_exceptions=True)
-        await self.switch.stop()
         if self.watchdog is not None:
             self.watchdog.stop()
         if self.collector is not None:
@@ -479,7 +482,9 @@ class TradingDesk(Observer):
         for position in self.positions.all():
             instrument = self.instrument(position.symbol, position.venue)
             quantity = (
-                instrument.floor_quantity(abs(position.quantity))
+                instrument.floor_quantity(
+                    min(abs(position.quantity), instrument.max_quantity)
+                )
                 if instrument
                 else Decimal(0)
             )

@@ -265,7 +265,8 @@ class DeskNotRunningError(NightdeskError):
     def __init__(self, directory: str) -> None:
         self.directory = directory
         super().__init__(
-            f"no desk is running in {directory}. Start one with `nightdesk run`, or name another directory with `--state DIR`."
+            f"no desk is running in {directory}. Start one with `nightdesk run` or `nightdesk demo`, "
+            "or name another directory with `--state DIR`."
         )
 
 

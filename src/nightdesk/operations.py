@@ -27,6 +27,8 @@ VERSION = 1
 """Version of every reply's shape; raised when a field changes its meaning."""
 
 _LINES_AT_ONCE = 20
+_CANCEL_S = 5.0
+_CANCELS_AT_ONCE = 32
 Verb = Callable[["TradingDesk", dict[str, Any], str, str], Awaitable[Any]]
 _VERBS: dict[str, Verb] = {}
 
@@ -303,19 +305,56 @@ async def _do_halt(
     if mode not in ("pause", "cancel", "flatten"):
         raise CommandError(f"halt mode is {mode!r}, expected pause, cancel or flatten")
     await desk.gate.halt(reason or "no reason given", actor, mode=mode)
-    cancelled, flattened = [], []
+    ended: list[str] = []
+    flattened: list[str] = []
     if mode in ("cancel", "flatten"):
-        for order in desk.orders.open_orders():
-            cancelled.append(order.client_order_id)
-            await desk.orders.cancel(order.client_order_id)
+        ended = await _cancel_all(desk)
+    still_open = [order.client_order_id for order in desk.orders.open_orders()]
+    if still_open and mode != "pause":
+        text = f"orders still open {_CANCEL_S:g} s after `halt --{mode}`: {', '.join(still_open[:20])}; give it again"
+        desk.alert("critical", "operator", text)
     if mode == "flatten":
         flattened = await desk.flatten()
     return {
         "state": str(desk.gate.state),
         "mode": mode,
-        "cancelled": cancelled,
+        "cancelled": ended,
+        "still_open": still_open,
         "flattened": flattened,
     }
+
+
+async def _cancel_all(desk: "TradingDesk") -> list[str]:
+    """Cancel until nothing is open, at most `_CANCEL_S`; return what ended otherwise than filled.
+
+    An order on its way to the venue cannot be cancelled there yet, so each is asked for again whenever
+    its status has changed; and what it executes until its end is still to be flattened.
+    """
+    asked: dict[str, str] = {}
+    deadline_ns = desk.clock.monotonic_ns() + round(_CANCEL_S * 1e9)
+    while open_orders := desk.orders.open_orders():
+        due = [o for o in open_orders if asked.get(o.client_order_id) != o.status]
+        for start in range(0, len(due), _CANCELS_AT_ONCE):
+            some = due[start : start + _CANCELS_AT_ONCE]
+            found = await asyncio.gather(
+                *(desk.orders.cancel(o.client_order_id) for o in some)
+            )
+            # A cancel that overtook its order was refused, and counts for the status it was asked in.
+            asked |= {
+                now.client_order_id: (
+                    now.status if now.status == "PENDING_CANCEL" else before.status
+                )
+                for before, now in zip(some, found, strict=True)
+            }
+        if desk.clock.monotonic_ns() >= deadline_ns:
+            break
+        await desk.clock.sleep(0.02)
+    ended = (desk.orders.order(client_order_id) for client_order_id in asked)
+    return [
+        order.client_order_id
+        for order in ended
+        if order is not None and order.status in ("CANCELED", "EXPIRED")
+    ]
 
 
 @_verb

@@ -287,6 +287,8 @@ class Roster:
         return DONE
 
     def _checkpoint(self, local: LocalTask) -> None:
+        if self.local.get(local.id) is not local:
+            return  # removed: what still runs of it must not bring its context back
         self._desk.checkpoints.mark(local.task, local.type, self._desk.store.epoch)
 
     def _listen(self, local: LocalTask) -> None:
@@ -299,7 +301,9 @@ class Roster:
                 instruments=task.watches(),
             )
         if isinstance(task, OpportunityHandler):
-            desk.inbox.add_handler(local.id, task.handles, task.assess, task.deadline_s)
+            desk.inbox.add_handler(
+                local.id, task.handles, self._assessor(local, task), task.deadline_s
+            )
             desk.switch.set_handler(local.id, self._handler(local, task))
 
     def _unlisten(self, local: LocalTask) -> None:
@@ -315,10 +319,29 @@ class Roster:
 
         return deliver
 
+    def _assessor(
+        self, local: LocalTask, task: OpportunityHandler[Any]
+    ) -> Callable[[Event], int | None]:
+        """A task that was paused, stopped or quarantined, or waits after a failure, takes no opportunity:
+        its cycle, which repairs what a handler leaves, does not run either."""
+        assess, is_active, task_id = (
+            task.assess,
+            self._desk.scheduler.is_active,
+            local.id,
+        )
+
+        def judge(event: Event) -> int | None:
+            edge_ppm = assess(event)
+            return edge_ppm if edge_ppm is not None and is_active(task_id) else None
+
+        return judge
+
     def _handler(
         self, local: LocalTask, task: OpportunityHandler[Any]
     ) -> Callable[[Opportunity], Awaitable[None]]:
         async def handle(opportunity: Opportunity) -> None:
+            if not self._desk.scheduler.is_active(local.id):
+                return  # set aside while the opportunity waited for its turn
             local.handling = True
             try:
                 await task.handle(opportunity)
@@ -434,10 +457,11 @@ class Roster:
             UnknownTaskError: There is none.
             CommandError: A change makes no sense.
         """
+        understood = loading.adjustments(changes)  # here, so that a host never sees nonsense
         if self.hosts is not None and self.hosts.knows(task_id):
             await self.hosts.adjust(task_id, changes)
         elif self._desk.scheduler.knows(task_id):
-            self._desk.scheduler.adjust(task_id, **loading.adjustments(changes))
+            self._desk.scheduler.adjust(task_id, **understood)
         else:
             raise UnknownTaskError(task_id, self.local)
 

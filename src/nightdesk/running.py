@@ -5,9 +5,12 @@ Goes to: desk.py, control.py
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import cast
@@ -24,6 +27,8 @@ __all__ = ["run"]
 View = Callable[[TradingDesk], Awaitable[None]]
 _SETTLE_S = 5.0
 """Virtual seconds that a desk goes on after the last event of its recordings, so that replies in flight arrive."""
+_GRACE_S = 1.9
+"""Beyond `kernel.stop_timeout_s`, after which an ordinary stop has left what would not end."""
 
 
 def run(config: Config, *, view: View | None = None) -> int:
@@ -111,18 +116,36 @@ async def _until_done(desk: TradingDesk) -> None:
 
 def _listen_to_signals(desk: TradingDesk) -> None:
     loop = asyncio.get_running_loop()
+    asked = threading.Event()
 
     def stop(name: str) -> None:
-        if desk.stopping.is_set():
-            desk.log.warning(
-                "second signal: leaving at once",
-                signal=name,
-                note="everything acknowledged is on disk",
-            )
-            os._exit(desk.exit_code)
-        desk.log.info("stopping", signal=name)
-        desk.stopping.set()
+        if not desk.stopping.is_set():
+            desk.log.info("stopping", signal=name)
+            desk.stopping.set()
+
+    def count(number: int, _: object) -> None:
+        """Runs between two instructions of whatever runs, so also when a task holds the loop."""
+        if asked.is_set():
+            _leave(desk, f"second {signal.Signals(number).name}")
+        asked.set()
+        threading.Thread(target=_insist, args=(desk,), daemon=True).start()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, signal.Signals(number).name)
+        # The loop is still told, by its wake-up socket; this replaces the handler that does nothing.
+        signal.signal(number, count)
+        signal.siginterrupt(number, False)
     loop.add_signal_handler(signal.SIGUSR1, desk.look_at_flag_file)
+
+
+def _insist(desk: TradingDesk) -> None:
+    """End a desk that cannot stop because a task does not give the loop back."""
+    time.sleep(desk.config.kernel.stop_timeout_s + _GRACE_S)
+    _leave(desk, "a task holds the loop and the time to stop is over")
+
+
+def _leave(desk: TradingDesk, why: str) -> None:
+    """End the process now, as `kill -9` would; the next start takes up what is on disk."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"nightdesk: leaving at once: {why}. Everything acknowledged is on disk.\n".encode())
+    os._exit(desk.exit_code)

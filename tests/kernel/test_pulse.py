@@ -50,7 +50,7 @@ def test_growth_is_booked_to_the_task_that_keeps_it_not_to_the_one_that_returns_
         pulse.enter(1)
         os.urandom(100_000)
         pulse.enter(2)
-        kept.append(os.urandom(10_000))
+        kept.append(os.urandom(60_000))
         pulse.enter(0)
 
     leader, grown = pulse.leader

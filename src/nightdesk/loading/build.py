@@ -151,5 +151,6 @@ def adjustments(changes: Mapping[str, Any]) -> dict[str, Any]:
                     f"nothing called {name!r} can be adjusted: expected every, priority or timeout"
                 )
         except ValueError as error:
-            raise CommandError(f"{name} is {value!r}, expected {error}") from None
+            expected = str(error).rpartition("expected ")[2]
+            raise CommandError(f"{name} is {value!r}, expected {expected}.") from None
     return found

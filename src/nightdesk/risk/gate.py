@@ -120,9 +120,12 @@ class Gate:
         return self.exposure.add(task_id, request, client_order_id, price)
 
     def why_stopped(self, request: OrderRequest) -> str | None:
-        """Return why an order that was let through a moment ago must not be sent any more, or None."""
-        if self._switch.state is TradingState.HALTED and not request.reduce_only:
-            return f"trading is halted by {self._switch.actor}: {self._switch.reason}"
+        """Return why an order that is reserved already must not be sent any more, or None."""
+        try:
+            key = instrument_key(request.symbol, request.venue)
+            self._check_state(request, key, _ZERO)
+        except OrderDeniedError as denied:
+            return denied.reason
         return None
 
     def release(self, client_order_id: str) -> None:
@@ -171,7 +174,7 @@ class Gate:
         limits = self.limits
         if limits.max_daily_loss is not None:
             self.check_losses()
-        self._check_state(request, key)
+        self._check_state(request, key, request.quantity)
         instrument = check_grid(
             request, self._instruments(request.symbol, request.venue), limits
         )
@@ -189,27 +192,32 @@ class Gate:
         self._take_rate()
         return price
 
-    def _check_state(self, request: OrderRequest, key: str) -> None:
-        state = self._switch.state
-        stopped = self.why_stopped(request)
-        if stopped is not None:
-            raise OrderDeniedError("TRADING_HALTED", stopped)
-        if state is TradingState.REDUCING and not request.reduce_only:
-            held = self._positions.of(request.symbol, request.venue).quantity
-            if not self._shrinks(request, key, held):
-                raise OrderDeniedError(
-                    "TRADING_REDUCING",
-                    f"only orders that shrink a position pass, set by {self._switch.actor}: {self._switch.reason}",
-                )
-        halted = self._switch.symbols.get(key)
-        if halted is not None and not request.reduce_only:
+    def _check_state(self, request: OrderRequest, key: str, more: Decimal) -> None:
+        """Ask the kill switch; `more` is what `request` adds to what is reserved."""
+        if request.reduce_only:
+            return
+        switch = self._switch
+        if switch.state is TradingState.HALTED:
+            raise OrderDeniedError(
+                "TRADING_HALTED",
+                f"trading is halted by {switch.actor}: {switch.reason}",
+            )
+        if switch.state is TradingState.REDUCING and not self._shrinks(
+            request, key, more
+        ):
+            raise OrderDeniedError(
+                "TRADING_REDUCING",
+                f"only orders that shrink a position pass, set by {switch.actor}: {switch.reason}",
+            )
+        halted = switch.symbols.get(key)
+        if halted is not None:
             raise OrderDeniedError(
                 "SYMBOL_HALTED", f"{key} is halted by {halted.actor}: {halted.reason}"
             )
 
-    def _shrinks(self, request: OrderRequest, key: str, held: Decimal) -> bool:
-        against = -held * request.side.sign
-        return request.quantity + self.exposure.working(key, request.side) <= against
+    def _shrinks(self, request: OrderRequest, key: str, more: Decimal) -> bool:
+        held = self._positions.of(request.symbol, request.venue).quantity
+        return more + self.exposure.working(key, request.side) <= -held * request.side.sign
 
     def _check_reduces(self, request: OrderRequest, key: str, held: Decimal) -> None:
         reserved = self.exposure.reducing(key, request.side)
@@ -417,7 +425,7 @@ class Gate:
         reason = _read_flag(path)
         if reason is not None:
             await self.halt(
-                f"flag file {path} is there{reason}; remove it, then resume",
+                f"flag file {path} is there{reason}; `nightdesk resume-trading --reason TEXT` takes it away",
                 "flag file",
             )
 

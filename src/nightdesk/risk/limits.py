@@ -119,6 +119,7 @@ def price_of(
 ) -> Decimal | None:
     """Return the price at which `request` counts against limits: its own, or the touch for a market order.
 
+    A SELL below the bid is executed at the bid, so it counts at that.
     A reduce-only order may go without any price: a missing quote must not keep a desk from closing. Every
     other order needs a fresh quote, to be valued or to be held against the collar.
 
@@ -126,6 +127,8 @@ def price_of(
         OrderDeniedError: NO_PRICE.
     """
     own = request.price if request.type in _WITH_PRICE else request.trigger_price
+    if own is not None and quote is not None and request.side is Side.SELL:
+        own = max(own, quote.bid)
     if own is not None and limits.price_collar_ppm is None:
         return own
     problem = _quote_problem(quote, clock, limits)
@@ -160,10 +163,12 @@ def check_value(
         OrderDeniedError: NOTIONAL_BELOW_MINIMUM, NOTIONAL_EXCEEDS_MAX_PER_ORDER, PRICE_OUTSIDE_COLLAR.
     """
     notional = request.quantity * price
-    if notional < instrument.min_notional:
+    stated = request.price or request.trigger_price or price  # the venue goes by these
+    own = request.quantity * stated
+    if own < instrument.min_notional:
         raise OrderDeniedError(
             "NOTIONAL_BELOW_MINIMUM",
-            f"notional {notional} is below minimum {instrument.min_notional}",
+            f"notional {own} is below minimum {instrument.min_notional}",
         )
     most = limits.max_notional_per_order
     if most is not None and notional > most and not request.reduce_only:

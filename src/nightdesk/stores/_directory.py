@@ -183,14 +183,20 @@ class DirectoryStore(Store):
         return size
 
     def take_reserve(self) -> bool:
-        """Keep the space back again if the disk has plenty; return whether it is kept back.
+        """Keep the space back again; return whether the disk has plenty beside it.
 
         Taken too early it would fill the disk again.
         """
-        free = os.statvfs(self.directory)
-        if free.f_bavail * free.f_frsize > _PLENTY_BYTES:
-            self._fill_reserve()
+        free = self.free_bytes()
+        if free is not None and free <= _PLENTY_BYTES:
+            return False
+        self._fill_reserve()
         return self._reserve_bytes() > 0
+
+    def free_bytes(self) -> int | None:
+        """Return the space that is left on the disk; None where the file system does not say."""
+        found = os.statvfs(self.directory)
+        return found.f_bavail * found.f_frsize if found.f_blocks else None
 
     # --- what a store adds; all of it runs in the writer's thread ---------------------------------
 

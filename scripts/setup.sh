@@ -9,13 +9,14 @@ import sys
 sys.exit(sys.version_info < (3, 11))
 PY
 
+echo "setting up $venv, first time only: Python packages are fetched (10 s to a few minutes)"
+
 uv=$(command -v uv || true)
 if [ -z "$uv" ]; then
   [ -x .tools/bin/python ] || "$python" -m venv .tools
   .tools/bin/python -m pip install --quiet --disable-pip-version-check uv 2>/dev/null && uv=.tools/bin/uv || uv=""
 fi
 
-echo "setting up $venv (first time only)"
 if [ -n "$uv" ]; then
   [ -x "$venv/bin/python" ] || "$uv" venv --quiet --python "$python" "$venv"
   "$uv" pip install --quiet --python "$venv/bin/python" --require-hashes -r lock.txt

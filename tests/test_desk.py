@@ -33,9 +33,7 @@ async def until(
 def test_an_empty_desk_is_refused_with_what_to_add(tmp_path: Path) -> None:
     async def story(desk: TradingDesk) -> None: ...
 
-    with pytest.raises(
-        NoTasksError, match="Add one"
-    ) as raised:
+    with pytest.raises(NoTasksError, match="Add one") as raised:
         play(config(tmp_path), story)
 
     assert raised.value.exit_code == 3

@@ -4,7 +4,11 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").rglob("*.md")),
+]
 
 
 def test_every_relative_link_leads_to_a_file() -> None:
@@ -31,8 +35,14 @@ def test_every_command_that_the_documentation_shows_exists() -> None:
 
 
 def test_every_make_target_that_the_documentation_shows_exists() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = {name for page in PAGES for name in re.findall(r"`make ([a-z-]+)", page.read_text())}
+    targets = set(
+        re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    )
+    named = {
+        name
+        for page in PAGES
+        for name in re.findall(r"`make ([a-z-]+)", page.read_text())
+    }
 
     assert named <= targets
 
@@ -40,8 +50,13 @@ def test_every_make_target_that_the_documentation_shows_exists() -> None:
 def test_source_paths_in_the_explanations_exist() -> None:
     lost = []
     for page in PAGES:
-        for path in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|yaml|sh))`", page.read_text()):
-            if not any((base / path).exists() for base in (ROOT, ROOT / "src" / "nightdesk", page.parent)):
+        for path in re.findall(
+            r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|yaml|sh))`", page.read_text()
+        ):
+            if not any(
+                (base / path).exists()
+                for base in (ROOT, ROOT / "src" / "nightdesk", page.parent)
+            ):
                 lost.append(f"{page.relative_to(ROOT)}: {path}")
 
     assert lost == []

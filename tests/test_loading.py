@@ -707,6 +707,29 @@ def test_adjustments_are_read_like_the_file() -> None:
     assert found["timeout_s"] == 20
 
 
+def test_an_adjustment_says_once_what_was_expected() -> None:
+    with pytest.raises(
+        CommandError, match=r"^priority is 'hi', expected one of critical, "
+    ):
+        loading.adjustments({"priority": "hi"})
+
+
+def test_a_task_that_names_an_unlisted_instrument_is_a_doubt(tmp_path: Path) -> None:
+    (tmp_path / "desk.yaml").write_text(
+        "venues: [{name: alpha, type: paper, instruments: "
+        "[{symbol: BTC/USDT, tick_size: 0.1, lot_size: 0.1, min_quantity: 0.1}]}]\n"
+        "tasks:\n"
+        "  - {id: sell, type: iceberg, symbol: BTC/USD, venue: alpha, side: SELL, total_quantity: 1, order_quantity: 1}\n"
+    )
+
+    found = loading.check_config(tmp_path / "desk.yaml")
+
+    assert any(
+        "task 'sell': `symbol` is 'BTC/USD', which venue alpha" in line
+        for line in found
+    )
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"every": "0"}, {"every": "soon"}, {"priority": "urgent"}, {"colour": "red"}],

@@ -5,6 +5,7 @@ Goes to: kernel/switch.py (the snapshot of a switch), stores/
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from nightdesk.model.context import TaskContext
 from nightdesk.model.serializer import encode_context
 
 __all__ = ["Checkpoints", "shelf_of"]
+
+_AGAIN_S = 1.0
 
 
 def shelf_of(state: str) -> Shelf:
@@ -43,7 +46,9 @@ class Checkpoints:
         self._save = save
         self._flush_s = flush_s
         self._changed: dict[tuple[str, str], Put] = {}
+        self._newest: dict[tuple[str, str], Put] = {}  # not known to be durable yet
         self._last: dict[str, bytes] = {}
+        self._is_drained = False
         self._timer: asyncio.TimerHandle | None = None
         self._writes: set[asyncio.Future[None]] = set()
 
@@ -72,16 +77,16 @@ class Checkpoints:
 
     def put(self, record: Put) -> None:
         """Remember an encoded record; it is durable soon, or at the next switch."""
-        self._changed[record.kind, record.key] = record
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(
-                self._flush_s, self._flush
-            )
+        key = record.kind, record.key
+        self._changed[key] = self._newest[key] = record
+        self._flush_in(self._flush_s)
 
     def forget(self, task_id: str) -> None:
         """Drop what is remembered of a removed task."""
         self._last.pop(task_id, None)
-        self._changed.pop(("context", task_id), None)
+        for waiting in (self._changed, self._newest):
+            for kind in ("context", "health"):
+                waiting.pop((kind, task_id), None)
 
     def swap(self) -> list[Put]:
         """Return every changed record and start anew: the switch's snapshot."""
@@ -89,34 +94,60 @@ class Checkpoints:
         return list(changed.values())
 
     async def drain(self) -> None:
-        """Write what waits and wait until it is durable."""
+        """Write what waits and wait until it is durable; the store is about to close."""
+        self._is_drained = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._writes:  # first: what fails comes back
+            await asyncio.gather(*self._writes, return_exceptions=True)
         batch = self.swap()
         if batch:
-            await self._save(batch)
-        if self._writes:
-            await asyncio.gather(*self._writes, return_exceptions=True)
+            await self.write(batch)
 
     async def delete(self, task_id: str) -> None:
         self.forget(task_id)
-        await self._save([Delete("context", task_id)])
+        await self._save([Delete("context", task_id), Delete("health", task_id)])
+
+    def write(self, batch: Batch) -> Awaitable[None]:
+        """Hand `batch`, as `swap` gave it, to the store. What does not become durable is kept and written later."""
+        try:
+            write = asyncio.ensure_future(self._save(batch))
+        except NightdeskError:
+            self._keep(batch)
+            raise
+        self._writes.add(write)
+        write.add_done_callback(lambda done: self._written(done, batch))
+        return write
 
     def _flush(self) -> None:
         self._timer = None
         batch = self.swap()
         if not batch:
             return
-        try:
-            write = asyncio.ensure_future(self._save(batch))
-        except NightdeskError:
-            self._changed = {(put.kind, put.key): put for put in batch} | self._changed
-            return
-        self._writes.add(write)
-        write.add_done_callback(self._written)
+        # What fails is kept, and the store's own failure callback halts the desk.
+        with contextlib.suppress(NightdeskError):
+            self.write(batch)
 
-    def _written(self, write: asyncio.Future[None]) -> None:
+    def _flush_in(self, seconds: float) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._flush)
+
+    def _written(self, write: asyncio.Future[None], batch: Batch) -> None:
         self._writes.discard(write)
-        if not write.cancelled():
-            write.exception()  # the store's own failure callback halts the desk; here it is only taken note of
+        if write.cancelled() or write.exception() is not None:
+            self._keep(batch)
+            return
+        for record in batch:
+            key = record.kind, record.key
+            if self._newest.get(key) is record:
+                del self._newest[key]
+
+    def _keep(self, batch: Batch) -> None:
+        """Take back what is not durable, except where something newer is under way (a full disk may get space again)."""
+        for record in batch:
+            key = record.kind, record.key
+            if isinstance(record, Put) and self._newest.get(key) is record:
+                self._changed.setdefault(key, record)
+        if self._changed and not self._is_drained:
+            self._flush_in(_AGAIN_S)

@@ -154,7 +154,7 @@ class TradingDesk(Observer):
             self.lanes,
             self.clock,
             snapshot=self.checkpoints.swap,
-            save=self.store.save,
+            save=self.checkpoints.write,
             durability=config.kernel.durability,
             max_park_s=config.kernel.max_park_s,
             queue_limit=config.kernel.opportunity_queue,
@@ -251,11 +251,11 @@ class TradingDesk(Observer):
         Open orders stay at their venues: the next start adopts them.
         """
         self.ready = False
-        for source in self.sources.values():
-            await source.stop()
         # Before the tasks: nobody would be there to repair what a handler leaves, and a venue in a
         # process of its own goes on showing its market.
         await self.switch.stop()
+        for source in self.sources.values():
+            await source.stop()
         stuck = await self.roster.stop(self.config.kernel.stop_timeout_s)
         await self.orders.stop()
         for venue in self.venues.values():
@@ -298,7 +298,7 @@ class TradingDesk(Observer):
 
     def look_at_flag_file(self) -> None:
         """Check the kill switch's flag file now instead of at the next tick."""
-        self._chore(self.gate.check_flag_file(self.directory / "HALT"))
+        self._chore(self._look_for_flag())
 
     def _start_watching(self) -> None:
         self.watchdog = Watchdog(
@@ -325,7 +325,7 @@ class TradingDesk(Observer):
             await self.clock.sleep(15.0)
             try:
                 await self.orders.sweep()
-            except NightdeskError as error:
+            except Exception as error:
                 self.log.warning("sweep failed", error=str(error), next="again in 15 s")
 
     async def _watch_safety(self) -> None:
@@ -333,8 +333,15 @@ class TradingDesk(Observer):
         while True:
             for _ in range(10):
                 await self.clock.sleep(0.1)
-                await self.gate.check_flag_file(self.directory / "HALT")
+                await self._look_for_flag()
             self.gate.check_losses()
+
+    async def _look_for_flag(self) -> None:
+        """A halt that is in force but not durable is told, and must not end the watch for the next one."""
+        try:
+            await self.gate.check_flag_file(self.directory / "HALT")
+        except (NightdeskError, OSError) as error:
+            self.alert("critical", "flag file", f"the HALT file: {error}")
 
     # --- what the rooms report ---------------------------------------------------------------------
 
@@ -478,37 +485,42 @@ class TradingDesk(Observer):
 
     async def flatten(self) -> list[str]:
         """Close every position by a reduce-only market order; return the client order ids sent."""
-        sent = []
+        sent: list[str] = []
         for position in self.positions.all():
             instrument = self.instrument(position.symbol, position.venue)
-            quantity = (
-                instrument.floor_quantity(
-                    min(abs(position.quantity), instrument.max_quantity)
+            left = abs(position.quantity) if instrument else Decimal(0)
+            while instrument and (
+                quantity := instrument.floor_quantity(
+                    min(left, instrument.max_quantity)
                 )
-                if instrument
-                else Decimal(0)
-            )
-            if not quantity:
-                continue
-            request = OrderRequest(
-                symbol=position.symbol,
-                venue=position.venue,
-                side=Side.SELL if position.quantity > 0 else Side.BUY,
-                quantity=quantity,
-                type=OrderType.MARKET,
-                reduce_only=True,
-            )
-            try:
-                sent.append(
-                    (await self.orders.submit("operator", request)).client_order_id
+            ):
+                left -= quantity
+                request = OrderRequest(
+                    symbol=position.symbol,
+                    venue=position.venue,
+                    side=Side.SELL if position.quantity > 0 else Side.BUY,
+                    quantity=quantity,
+                    type=OrderType.MARKET,
+                    reduce_only=True,
                 )
-            except OrderDeniedError as error:
-                self.alert(
-                    "critical",
-                    "operator",
-                    f"{position.symbol}@{position.venue} was not flattened: {error}",
-                )
+                if not await self._close(request, sent):
+                    break
         return sent
+
+    async def _close(self, request: OrderRequest, sent: list[str]) -> bool:
+        """Send one closing order and note its id in `sent`; False, and an alert, if nobody took it."""
+        try:
+            order = await self.orders.submit("operator", request)
+        except OrderDeniedError as error:
+            refused = str(error)
+        else:
+            refused = (order.reason or "") if order.status == "REJECTED" else ""
+            if not refused:
+                sent.append(order.client_order_id)
+                return True
+        text = f"{request.symbol}@{request.venue} was not flattened: {refused}"
+        self.alert("critical", "operator", text)
+        return False
 
     @property
     def inputs_finished(self) -> bool:

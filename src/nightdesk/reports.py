@@ -88,12 +88,16 @@ def next_run_words(desk: "TradingDesk", task_id: str) -> str:
 def money(desk: "TradingDesk") -> dict[str, Any]:
     """Return equity and its parts in quote units, marked at the side a close would meet."""
     unrealized = Decimal(0)
+    unmarked = []
     for position in desk.positions.all():
-        quote = desk.quotes.get(f"{position.symbol}@{position.venue}")
+        key = f"{position.symbol}@{position.venue}"
+        quote = desk.quotes.get(key)
         if quote is not None and position.quantity:
             unrealized += position.unrealized_pnl(
                 quote.bid if position.quantity > 0 else quote.ask
             )
+        elif position.quantity:
+            unmarked.append(key)
     realized = desk.positions.realized_pnl()
     fees = desk.positions.fees_in_quote()
     return {
@@ -102,6 +106,9 @@ def money(desk: "TradingDesk") -> dict[str, Any]:
         "unrealized_pnl": unrealized,
         "fees": fees,
         "equity": desk.config.risk.starting_equity + realized + unrealized - fees,
+        # What the figures above leave out: positions counted at cost for want of a quote, fees in third assets.
+        "unmarked": unmarked,
+        "unpriced_fees": desk.positions.unpriced_fees(),
     }
 
 

@@ -457,7 +457,9 @@ class Roster:
             UnknownTaskError: There is none.
             CommandError: A change makes no sense.
         """
-        understood = loading.adjustments(changes)  # here, so that a host never sees nonsense
+        understood = loading.adjustments(
+            changes
+        )  # here, so that a host never sees nonsense
         if self.hosts is not None and self.hosts.knows(task_id):
             await self.hosts.adjust(task_id, changes)
         elif self._desk.scheduler.knows(task_id):
@@ -469,18 +471,32 @@ class Roster:
         """Stop a task and forget it; False: there is none.
 
         Its finished orders go to the archive, so that a new task of the same id does not take them for
-        its own. Open ones stay at their venue and in the ledger: cancel them first, or the sweep shows them.
+        its own. Open ones stay at their venue and in the ledger, and the operator is told of them.
         """
+        desk, hosts = self._desk, self.hosts
+        if not self.knows(task_id):
+            return False
         local = self.local.pop(task_id, None)
-        is_scheduled = self._desk.scheduler.knows(task_id)
-        if is_scheduled:
-            await self._desk.scheduler.remove(task_id)
+        if hosts is not None and hosts.knows(task_id):
+            try:
+                await hosts.remove(task_id)
+            except NightdeskError as error:
+                desk.alert("warning", task_id, f"removed, but its host says: {error}")
+        if desk.scheduler.knows(task_id):
+            await desk.scheduler.remove(task_id)
         if local is not None:
             self._unlisten(local)
             await self._say_goodbye(local)
-            await self._desk.checkpoints.delete(task_id)
-            await self._desk.orders.forget(task_id)
-        return is_scheduled or local is not None
+        self._last_health.pop(task_id, None)
+        await desk.checkpoints.delete(task_id)
+        still_open = [o for o in desk.orders.orders_of(task_id) if o.status.is_open]
+        if still_open:
+            names = ", ".join(o.client_order_id for o in still_open[:20])
+            desk.alert(
+                "warning", task_id, f"removed; nobody looks after its orders {names}"
+            )
+        await desk.orders.forget(task_id)
+        return True
 
     async def stop(self, timeout_s: float) -> list[str]:
         """Stop every task; return the names of those that would not."""

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import cast
@@ -47,11 +46,13 @@ def run(config: Config, *, view: View | None = None) -> int:
         desk = TradingDesk(config, loop)
     asyncio.set_event_loop(loop)
     stuck = True
+    over = threading.Event()
     try:
-        stuck = bool(loop.run_until_complete(_live(desk, view)))
+        stuck = bool(loop.run_until_complete(_live(desk, view, over)))
         return desk.exit_code
     finally:
         stuck = not _finish(loop) or stuck
+        over.set()
         asyncio.set_event_loop(None)
         if stuck and desk.left_behind:
             # A task that swallows cancellation would keep the interpreter waiting for ever. Everything
@@ -74,7 +75,9 @@ def _finish(loop: asyncio.AbstractEventLoop) -> bool:
     return not pending
 
 
-async def _live(desk: TradingDesk, view: View | None) -> list[str]:
+async def _live(
+    desk: TradingDesk, view: View | None, over: threading.Event
+) -> list[str]:
     server: ControlServer | None = None
     showing: asyncio.Task[None] | None = None
     try:
@@ -84,7 +87,7 @@ async def _live(desk: TradingDesk, view: View | None) -> list[str]:
             await desk.abandon()
             raise
         if not desk.config.virtual_time:
-            _listen_to_signals(desk)
+            _listen_to_signals(desk, over)
             server = ControlServer(
                 Path(desk.config.state.directory) / "control.sock",
                 desk.command,
@@ -114,7 +117,7 @@ async def _until_done(desk: TradingDesk) -> None:
     await desk.clock.sleep(_SETTLE_S)
 
 
-def _listen_to_signals(desk: TradingDesk) -> None:
+def _listen_to_signals(desk: TradingDesk, over: threading.Event) -> None:
     loop = asyncio.get_running_loop()
     asked = threading.Event()
 
@@ -128,7 +131,7 @@ def _listen_to_signals(desk: TradingDesk) -> None:
         if asked.is_set():
             _leave(desk, f"second {signal.Signals(number).name}")
         asked.set()
-        threading.Thread(target=_insist, args=(desk,), daemon=True).start()
+        threading.Thread(target=_insist, args=(desk, over), daemon=True).start()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, signal.Signals(number).name)
@@ -138,14 +141,17 @@ def _listen_to_signals(desk: TradingDesk) -> None:
     loop.add_signal_handler(signal.SIGUSR1, desk.look_at_flag_file)
 
 
-def _insist(desk: TradingDesk) -> None:
+def _insist(desk: TradingDesk, over: threading.Event) -> None:
     """End a desk that cannot stop because a task does not give the loop back."""
-    time.sleep(desk.config.kernel.stop_timeout_s + _GRACE_S)
-    _leave(desk, "a task holds the loop and the time to stop is over")
+    if not over.wait(desk.config.kernel.stop_timeout_s + _GRACE_S):
+        _leave(desk, "a task holds the loop and the time to stop is over")
 
 
 def _leave(desk: TradingDesk, why: str) -> None:
     """End the process now, as `kill -9` would; the next start takes up what is on disk."""
     with contextlib.suppress(OSError):
-        os.write(2, f"nightdesk: leaving at once: {why}. Everything acknowledged is on disk.\n".encode())
+        os.write(
+            2,
+            f"nightdesk: leaving at once: {why}. Everything acknowledged is on disk.\n".encode(),
+        )
     os._exit(desk.exit_code)

@@ -53,8 +53,12 @@ async def build_venue(entry: VenueConfig, config: Config, directory: Path) -> Ve
 
 def build_source(entry: SourceConfig, config: Config) -> Source:
     kind = loading.load_class("source", entry.type, config.search_path)
+    options = entry.options
+    replays = sum(source.type == "replay" for source in config.sources)
+    if entry.type == "replay" and replays > 1:
+        options = {"origin_ns": start_of_recordings(config), **options}
     source: Source = _construct(
-        kind, entry.name, entry.options, config, f"sources.{entry.name}"
+        kind, entry.name, options, config, f"sources.{entry.name}"
     )
     return source
 

@@ -104,7 +104,13 @@ def test_the_version_is_told() -> None:
         (["tasks", "show"], "requires an argument"),
         (["logs", "--level", "loud"], "Choose from"),
         (["orders", "--limit", "many"], "many"),
+        (["orders", "--limit", "0"], "Must be >= 1"),
         (["run", "-c", "none.yaml"], "no such file"),
+        (["run", "my.yaml"], "Did you mean `-c my.yaml`?"),
+        (
+            ["status", "now"],
+            "'now' is one word too many. See `nightdesk status --help`.",
+        ),
         (["run", "-c", "arbitrum"], "--chain arbitrum"),
         (["run"], "nightdesk new-config"),
         (["recover"], "every start recovers by itself"),
@@ -306,11 +312,13 @@ def test_halt_says_how_far_to_go(flags: list[str], mode: str, desk: FakeDesk) ->
 
 
 def test_halt_without_a_desk_holds_for_the_next_one(here: Path) -> None:
-    code, out, _ = call("halt", "--reason", "storm")
+    code, out, err = call("halt", "--reason", "storm")
 
     assert code == 0
     assert "keeps the next one halted" in out
+    assert "state did not exist: if a desk runs elsewhere, it trades on" in err
     assert "storm" in (here / "state" / "HALT").read_text()
+    assert call("halt")[2] == "", "only a directory that is new may be a slip"
     assert json.loads(call("halt", "--json")[1])["by"] == "flag file"
 
 
@@ -326,10 +334,23 @@ def test_resume_trading_takes_the_flag_away_and_needs_a_reason(
     assert desk.asked[-1][0::3] == ("resume_trading", "all equal")
 
 
+def test_status_says_who_halted_when_and_why(desk: FakeDesk) -> None:
+    trading = {
+        "state": "HALTED",
+        "reason": "storm",
+        "actor": "me@host",
+        "since_ns": 1_700_000_000_000_000_000,
+    }
+    desk.replies["status"] = {**desk.replies["status"], "trading": trading}
+
+    said = "trading   HALTED since 2023-11-14 22:13:20 by me@host: storm\n"
+    assert said in call("status")[1]
+
+
 def test_reconcile_prints_what_was_found(desk: FakeDesk) -> None:
     assert call("reconcile")[1] == "order nd1x: as the venue says\n"
     desk.replies["reconcile"] = {"version": 1, "report": {"checked": 3}}
-    assert call("reconcile")[1] == "checked: 3\n"
+    assert call("reconcile")[1] == "checked  3\n"
     desk.replies["reconcile"] = {"version": 1, "report": None}
     assert call("reconcile")[1] == "Nothing differs.\n"
     assert json.loads(call("reconcile", "--json")[1])["version"] == 1

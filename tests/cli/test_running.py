@@ -79,7 +79,25 @@ def test_a_recording_is_traded_and_the_same_seed_gives_the_same_fills(
     assert first["tasks"]["iceberg"] == "COMPLETED"
     assert Decimal(first["filled_quantity"]) == Decimal("0.5")
     assert first["fills"] == second["fills"]
+    fees = sum(Decimal(fill["fee"]) for fill in first["fills"])
+    assert Decimal(first["fees"]["USDT"]) == fees
+    assert [Decimal(p["quantity"]) for p in first["positions"]] == [Decimal("-0.5")]
     assert first["state_directory"] != second["state_directory"]
+
+
+def test_two_replays_print_the_same_words(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recording = str(rising_market(here / "market.raw"))
+    said = []
+    for _ in range(2):
+        assert main(["replay", recording]) == 0
+        out = capsys.readouterr().out
+        said.append(out[out.index("task ") :])
+
+    assert said[0] == said[1]
+    assert "fees " in said[0]
+    assert "realized pnl " in said[0]
 
 
 def test_a_replay_takes_a_desk_of_ones_own(
@@ -101,6 +119,8 @@ def test_a_replay_takes_a_desk_of_ones_own(
     [
         (["--speed", "warp"], "expected max or a number above 0"),
         (["-c", "two.yaml"], "--venue is needed"),
+        (["--venue", "gamma"], "--venue is 'gamma', expected one of binance."),
+        (["--symbol", "BTC/EUR"], "venue binance lists: BTC/USDT."),
     ],
 )
 def test_what_a_replay_cannot_do_is_said(
@@ -200,6 +220,42 @@ def test_a_second_desk_on_the_same_state_ends_with_exit_code_4(
         assert len(err.splitlines()) == 1
         desk.send_signal(signal.SIGINT)
         assert desk.wait(20) == 0
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("timeout_s", "signals", "said"),
+    [(0.1, 1, "a task holds the loop"), (3600, 2, "second SIGINT")],
+)
+def test_ctrl_c_ends_a_desk_whose_loop_is_held(
+    timeout_s: float, signals: int, said: str, here: Path
+) -> None:
+    """It cannot stop in order, so it leaves as kill -9 would."""
+    (here / "blocker.py").write_text(
+        "from pathlib import Path\n"
+        "from nightdesk import Task, TaskContext\n"
+        "class Blocker(Task[TaskContext]):\n"
+        "    context_class = TaskContext\n"
+        "    async def _handle_executing(self):\n"
+        "        Path('held').touch()\n"
+        "        while True: pass\n"
+    )
+    (here / "desk.yaml").write_text(
+        f"kernel: {{stop_timeout_s: {timeout_s}}}\ntasks:\n  - {{type: blocker.Blocker}}\n"
+    )
+
+    with process("run") as desk:
+        for _ in range(300):
+            if (here / "held").exists():
+                break
+            time.sleep(0.1)
+        for _ in range(signals):
+            desk.send_signal(signal.SIGINT)
+            time.sleep(0.3)  # two at once are one to the operating system
+        _, err = desk.communicate(timeout=20)
+
+    assert desk.returncode == 0
+    assert said in err
 
 
 @pytest.mark.process

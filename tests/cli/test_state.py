@@ -66,7 +66,9 @@ def test_inspect_tells_what_is_there(capsys: pytest.CaptureFixture[str]) -> None
 
     assert found["version"] == 1
     assert found["store"] == "sqlite"
-    assert "sqlite" in call(capsys, "state", "inspect")
+    words = call(capsys, "state", "inspect")
+    assert "sqlite" in words
+    assert "context (active 1)" in words
 
 
 def test_export_writes_one_line_per_record(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +77,15 @@ def test_export_writes_one_line_per_record(capsys: pytest.CaptureFixture[str]) -
 
     assert len(everything) == 5
     assert [json.loads(line)["key"] for line in contexts] == ["candles"]
+
+
+def test_a_kind_that_no_record_has_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["state", "export", "--kind", "odrer"]) == 0
+
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "no record is of kind 'odrer'; there are " in err
+    assert "context" in err
 
 
 def test_a_backup_can_be_put_back(

@@ -531,3 +531,28 @@ def test_a_process_with_wrong_options_ends_with_the_code_of_the_error(
 
     assert main(["--config", str(home / "c.json"), "--socket", str(home / "s")]) == 2
     assert "0 entries" in capsys.readouterr().err
+
+
+async def test_a_process_that_could_not_be_started_at_first_is_tried_again(
+    home: Path,
+) -> None:
+    """A desk that started without its venue must find it as soon as it is there."""
+    tries = 0
+
+    async def ensure() -> None:
+        nonlocal tries
+        tries += 1
+        await asyncio.sleep(0.02)
+        raise CommandError("it does not start yet")
+
+    venue = PaperRemoteVenue(
+        "paper",
+        instruments=[],
+        socket=home / "nobody.sock",
+        ensure=ensure,
+        connect_timeout_s=0.005,
+    )
+    await venue.start(lambda _: None, SystemClock(), random.Random(1))
+    while tries < 2:  # noqa: ASYNC110 - what is counted lies outside any event
+        await asyncio.sleep(0.01)
+    await venue.stop()

@@ -37,7 +37,7 @@ def records_of(directory: Path) -> Records:
 def damages(content: bytes, most: int) -> Iterator[Damage]:
     """One flipped bit, everything behind some byte gone, a hole of zeros: at every byte, or at `most` of them."""
     chance = random.Random(len(content))
-    step = max(1, len(content) // most)
+    step = max(1, len(content) // max(1, most))
     for at in range(0, len(content), step):
         place = min(len(content) - 1, at + chance.randrange(step))
         changed = bytes([content[place] ^ 1 << chance.randrange(8)])

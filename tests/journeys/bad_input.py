@@ -54,6 +54,9 @@ tasks:
      order_quantity: 0.05, offset_ticks: {offset}, tick_tolerance: 50}}
   - {{id: stops, type: position_monitor, stop_loss: 0.05, take_profit: 0.1}}
 """
+SMALL_BYTES = 1024
+"""A state file up to this size is damaged at every byte."""
+WHOLE_DESKS = 60
 MAY_BE_NEGATIVE = ("seed", "maker_fee", "taker_fee")
 MARKET = """sources:
   - {name: market, type: simulated, venues: [alpha], interval_ms: 20, seed: 3,
@@ -270,8 +273,11 @@ def damaged(check: Check, root: Path, most: int, every_desk: int) -> None:
             content, begun = (kept / name).read_bytes(), time.monotonic()
             # The venue's own statement means nothing to the store, only to a whole desk.
             often = 1 if "venues" in name else every_desk
+            density = len(content) if len(content) <= SMALL_BYTES else most
+            if "venues" in name:  # a whole desk each time
+                density = min(density, WHOLE_DESKS)
             endings, count = Counter[str](), 0
-            for count, damage in enumerate(damages(content, most), 1):
+            for count, damage in enumerate(damages(content, density), 1):
                 endings[judge.judge(name, damage, whole_desk=not count % often)] += 1
             words = ", ".join(f"{n} {ending}" for ending, n in sorted(endings.items()))
             figure = f"{len(content)} bytes, {words}; {time.monotonic() - begun:.0f} s"
@@ -601,8 +607,8 @@ def main() -> int:
     parser.add_argument(
         "--bytes",
         type=int,
-        default=400,
-        help="damages per file, at most twice this and the holes",
+        default=300,
+        help="places of a large file that are damaged",
     )
     parser.add_argument(
         "--every-desk",

@@ -4,7 +4,6 @@ from decimal import Decimal
 from pathlib import Path
 
 from fakes.desks import config, market, play, venue
-
 from nightdesk.config import TaskEntry
 from nightdesk.desk import TradingDesk
 from nightdesk.model.events import Event, OrderAccepted, OrderFilled, QuoteChanged

@@ -7,7 +7,6 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from recordings import recording
 
 from nightdesk import running
 from nightdesk.config import (
@@ -18,6 +17,7 @@ from nightdesk.config import (
     TaskEntry,
     VenueConfig,
 )
+from recordings import recording
 
 pytestmark = pytest.mark.recordings
 

@@ -602,13 +602,53 @@ async def test_finished_orders_of_a_gone_task_move_to_the_archive() -> None:
     assert await house.orders.forget("t") == 1
 
     kinds = sorted(kind for kind, _ in house.store.disk)
-    assert (
-        kinds.count("archived_order")
-        == kinds.count("archived_fill")
-        == kinds.count("order")
-        == 1
-    )
+    assert kinds.count("archived_order") == kinds.count("order") == 1
     assert len(house.orders.open_orders()) == 1
+
+
+async def test_a_fill_of_an_archived_order_is_not_booked_again_when_the_venue_lists_it_again() -> (
+    None
+):
+    house = await House().open()
+    order = await house.orders.submit("t", request())
+    house.venue.fill(order.client_order_id, "1")
+    await house.orders.forget("t")
+
+    await house.orders.sweep()
+    assert house.positions.of("BTC/USDT", "A").quantity == 1
+
+    again = await house.next(keep=100).open()
+    await again.orders.sweep()
+    assert again.positions.of("BTC/USDT", "A").quantity == 1
+    assert again.orders.fill_count == 1
+    assert again.report.differences == []
+
+
+async def test_what_is_halted_while_the_intent_is_saved_is_not_sent() -> None:
+    async def symbol(house: House) -> None:
+        await house.gate.halt_symbol("BTC/USDT", "A", "overfilled")
+
+    async def reducing(house: House) -> None:
+        await house.gate.reduce("careful", "operator")
+
+    async def whole(house: House) -> None:
+        await house.gate.halt("stop", "operator")
+
+    for fall in (symbol, reducing, whole):
+        house = await House().open()
+        save = house.store.save
+
+        async def save_and_halt(batch: Any) -> None:
+            house.store.save = save  # type: ignore[method-assign]
+            await save(batch)
+            await fall(house)
+
+        house.store.save = save_and_halt  # type: ignore[method-assign,assignment]
+        order = await house.orders.submit("t", request())
+
+        assert house.venue.requests == [], fall
+        assert order.status is OrderStatus.REJECTED
+        assert len(house.gate.exposure) == 0
 
 
 # --- evidence ------------------------------------------------------------------------------------------

@@ -532,3 +532,37 @@ def test_status_counts_denials_by_code() -> None:
     desk.ask("0.0005")
 
     assert desk.gate.describe()["denied"] == {"QUANTITY_BELOW_MINIMUM": 2}
+
+
+# --- what an order can really come to -------------------------------------------------------------------
+
+
+def test_a_sell_far_below_the_market_counts_at_what_it_would_be_executed_at() -> None:
+    desk = Desk({"max_notional_per_order": D(1000)})
+    assert desk.ask("20", "40", Side.SELL) == "NOTIONAL_EXCEEDS_MAX_PER_ORDER"
+    assert desk.ask("9", "40", Side.SELL) == ""
+    desk = Desk({"max_position_notional": D(1000)})
+    assert desk.ask("20", "40", Side.SELL) == "POSITION_LIMIT_EXCEEDED"
+
+
+def test_the_least_notional_goes_by_the_price_that_the_venue_sees() -> None:
+    assert Desk().ask("0.1", "40", Side.SELL) == "NOTIONAL_BELOW_MINIMUM"
+
+
+def test_an_order_that_shrinks_a_position_is_not_stopped_by_its_own_reservation() -> (
+    None
+):
+    desk = Desk()
+    desk.hold("1")
+    assert desk.ask("1", "100", Side.SELL) == ""
+    desk.gate.halt_symbol_now("ETH/USDT", "A", "another")
+    assert desk.gate.why_stopped(request("1", "100", Side.SELL)) is None
+
+
+async def test_reducing_lets_go_on_what_was_reserved_and_shrinks() -> None:
+    desk = Desk()
+    desk.hold("1")
+    assert desk.ask("1", "100", Side.SELL) == ""
+    await desk.gate.reduce("careful", "operator")
+    assert desk.gate.why_stopped(request("1", "100", Side.SELL)) is None
+    assert desk.gate.why_stopped(request("1", "100", Side.BUY)) is not None

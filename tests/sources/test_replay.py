@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fakes.paper import SECOND, D, ManualClock
+from nightdesk.config import Config, SourceConfig
 from nightdesk.errors import ConfigError
 from nightdesk.market.book import Book
 from nightdesk.model.events import (
@@ -22,6 +23,7 @@ from nightdesk.model.events import (
 )
 from nightdesk.model.order import Side
 from nightdesk.sources.replay import ReplaySource, start_ns
+from nightdesk.wiring import build_source
 from recordings import recording
 
 FIRST = 1_723_161_253_000_000_000
@@ -438,3 +440,53 @@ def test_recorded_candles_are_read_whole(name: str, count: int) -> None:
 
     assert (len(candles), source.problems.count) == (count, 0)
     assert all(a.ts_open_ns < b.ts_open_ns for a, b in pairwise(candles))
+
+
+@pytest.mark.parametrize("kind", [VirtualClock, RealClock])
+async def test_recordings_of_two_venues_keep_their_distance_in_time(
+    tmp_path: Path, kind: type[ManualClock]
+) -> None:
+    """Otherwise prices of different times would be compared, and gaps found that never were."""
+    early, late = tmp_path / "early", tmp_path / "late"
+    early.write_text(ticker(FIRST) + ticker(FIRST + 60 * SECOND))
+    late.write_text(ticker(FIRST + 30 * SECOND))
+    clock = kind(FIRST) if kind is VirtualClock else kind()
+    began_ns = clock.now_ns()
+    received: dict[str, list[int]] = {}
+    sources = []
+    for path in (early, late):
+        source = ReplaySource(
+            path.name, files=[path], venue=path.name, origin_ns=start_ns([early, late])
+        )
+        events = received.setdefault(path.name, [])
+        await source.start(
+            lambda event, events=events: events.append(event.ts_received_ns),
+            clock,
+            random.Random(1),
+        )
+        sources.append(source)
+    while not all(source.finished for source in sources):
+        await clock.advance(1)
+    for source in sources:
+        await source.stop()
+
+    assert [(ns - began_ns) // SECOND for ns in received["early"]] == [0, 60]
+    assert [(ns - began_ns) // SECOND for ns in received["late"]] == [30]
+
+
+def test_the_desk_gives_all_its_recordings_one_origin(tmp_path: Path) -> None:
+    paths = [tmp_path / "early", tmp_path / "late"]
+    for number, path in enumerate(paths):
+        path.write_text(ticker(FIRST + number * 30 * SECOND))
+    entries = tuple(
+        SourceConfig(
+            name=path.name,
+            type="replay",
+            options={"files": [str(path)], "venue": path.name},
+        )
+        for path in paths
+    )
+
+    sources = [build_source(entry, Config(sources=entries)) for entry in entries]
+
+    assert [source._origin_ns for source in sources] == [FIRST, FIRST]  # type: ignore[attr-defined]

@@ -16,8 +16,17 @@ from fakes.desk import (
     settle,
     sides,
 )
+from nightdesk.errors import OrderDeniedError
 from nightdesk.model.events import QuoteChanged
-from nightdesk.model.order import Liquidity, OrderStatus, OrderType, Side
+from nightdesk.model.order import (
+    Liquidity,
+    Order,
+    OrderRequest,
+    OrderStatus,
+    OrderType,
+    Side,
+)
+from nightdesk.model.position import Position
 from nightdesk.tasks.delta_neutral import DeltaNeutralContext, DeltaNeutralTask
 
 D = Decimal
@@ -562,3 +571,77 @@ def test_it_wants_the_quotes_of_its_legs() -> None:
 def test_a_wrong_parameter_is_named(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"`{field}` is .*expected"):
         task_of(**{field: value})
+
+
+# --- What a crash and a halt must not undo ---------------------------------------------------------------
+
+
+async def test_a_leg_that_was_unwound_is_not_begun_again_by_an_older_context() -> None:
+    """The unwinding order left, and the process died before the context said so: the ledger does."""
+    desk = two_venues()
+    task = await running(desk, max_naked_s=3600)
+    desk.fill(desk.only_open("A"))
+    await settle(task)
+    desk.acknowledge_cancel(desk.only_open("B"))
+    desk.denials.extend(["SYMBOL_HALTED"] * 3)
+    older = task.context
+    while ("A", "SELL", "1.000") not in sides(desk.sent):
+        older = task.context
+        requote(desk)
+        await task.step()
+        desk.clock.advance(0.1)
+    assert older.close_reason is None
+    sent = len(desk.sent)
+
+    task = await reborn(task, desk, older)
+    requote(desk)
+    await pass_time(task, desk, 5)
+
+    assert len(desk.sent) == sent
+    assert (task.context.state, task.context.close_reason) == ("COMPLETED", "UNWOUND")
+
+
+class HaltedDesk(FakeDesk):
+    """Its gate lets only reduce-only orders pass, once it is halted."""
+
+    is_halted = False
+
+    async def submit(self, request: OrderRequest) -> Order:
+        if self.is_halted and not request.reduce_only:
+            raise OrderDeniedError("TRADING_HALTED", "by the operator")
+        return await super().submit(request)
+
+
+async def test_a_halt_does_not_keep_the_desk_on_one_leg() -> None:
+    desk = HaltedDesk(instrument(venue="A"), instrument(venue="B"))
+    requote(desk)
+    task = await running(desk)
+    desk.fill(desk.only_open("A"))
+    desk.end(desk.only_open("B"), OrderStatus.REJECTED, "no")
+    desk.is_halted = True
+
+    for _ in range(40):
+        requote(desk)
+        await pass_time(task, desk, 0.5)
+
+    assert (task.context.delta, task.context.close_reason) == (0, "UNWOUND")
+    assert sides(desk.sent)[-1] == ("A", "SELL", "1.000")
+
+
+async def test_an_unwinding_order_is_only_marked_reduce_only_if_the_position_covers_it() -> (
+    None
+):
+    """Several tasks may share a net position: another one's short must not make the venue refuse ours."""
+    desk = two_venues()
+    desk.held_positions["BTC/USDT@A"] = Position(
+        symbol="BTC/USDT", venue="A", quantity=D("-0.4")
+    )
+    desk.answer("reject:no", "reject:no", "reject:no", "reject:no", venue="B")
+    task = await running(desk)
+    desk.fill(desk.only_open("A"))
+    for _ in range(20):
+        requote(desk)
+        await pass_time(task, desk, 0.5)
+
+    assert sides(desk.sent)[-1] == ("A", "SELL", "1.000")
+    assert desk.sent[-1].request.reduce_only is False

@@ -108,9 +108,7 @@ def message(path: bytes, body: bytes) -> bytes:
 class Messages(asyncio.Protocol):
     """Cuts a connection into bodies and hands each on with the instant at which its last byte was here."""
 
-    def __init__(
-        self, react: Callable[[bytes, int, asyncio.Transport], None]
-    ) -> None:
+    def __init__(self, react: Callable[[bytes, int, asyncio.Transport], None]) -> None:
         self._react = react
         self._rest = b""
 
@@ -350,7 +348,9 @@ class _Commits:
         self._connection = apsw.Connection(str(path))
         self._connection.pragma("journal_mode", "wal")
         self._connection.pragma("synchronous", "full")
-        self._connection.execute("CREATE TABLE records (key TEXT PRIMARY KEY, data BLOB)")
+        self._connection.execute(
+            "CREATE TABLE records (key TEXT PRIMARY KEY, data BLOB)"
+        )
 
     async def save(self, key: str, data: bytes) -> None:
         await asyncio.to_thread(self._write, key, data)

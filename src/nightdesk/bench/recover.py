@@ -114,8 +114,12 @@ def _result(
 def render(result: dict[str, Any]) -> str:
     """Return `result` of `run` as text for a terminal."""
     rows = [
-        (name, kind.removesuffix("_s").replace("_", " "), f["n"])
-        + tuple(f"{f[share]:.3f}" for share in ("p50", "p99", "p99.9", "max"))
+        (
+            name,
+            kind.removesuffix("_s").replace("_", " "),
+            f["n"],
+            *(f"{f[share]:.3f}" for share in ("p50", "p99", "p99.9", "max")),
+        )
         for name, kinds in result["contenders"].items()
         for kind, f in kinds.items()
         if f["n"]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from nightdesk.cli.connection import Target, actor, ask, state_directory
-from nightdesk.cli.output import pairs, print_json, table
+from nightdesk.cli.output import note, pairs, print_json, table
 from nightdesk.errors import CommandError
 
 __all__ = [
@@ -142,6 +142,7 @@ def halt(
         "flatten" if flatten else "cancel" if cancel else "pause"
     )
     directory = state_directory(target)
+    was_there = directory.is_dir()
     found = control.halt(
         directory, mode, actor=actor(), reason=reason or "no reason given"
     )
@@ -151,6 +152,11 @@ def halt(
         print(
             f"HALTED. Cancelled {len(found.get('cancelled', ()))} orders, closed {len(found.get('flattened', ()))} positions."
         )
+        if found.get("still_open") and mode != "pause":
+            print(
+                f"{len(found['still_open'])} orders are still open, see `nightdesk orders --open`; "
+                f"give `halt --{mode}` again."
+            )
     elif found["running"]:
         print(
             f"The desk does not answer. The flag file {found['path']} is written and the process signalled: it halts"
@@ -165,6 +171,10 @@ def halt(
     else:
         print(
             f"No desk is running. The flag file {found['path']} keeps the next one halted."
+        )
+    if not was_there:
+        note(
+            f"{directory} did not exist: if a desk runs elsewhere, it trades on. Name its directory with `--state DIR`."
         )
     return 0
 
@@ -197,15 +207,20 @@ def reconcile(*, reason: _Reason = "", target: Target = _HERE) -> int:
         print_json(reply)
         return 0
     report = reply.get("report")
-    lines = (
-        report
-        if isinstance(report, list)
-        else [f"{k}: {v}" for k, v in (report or {}).items()]
-        if isinstance(report, dict)
-        else [report]
-    )
-    print("\n".join(str(line) for line in lines if line) or "Nothing differs.")
+    if isinstance(report, dict):
+        pairs(
+            {name.replace("_", " "): _in_words(value) for name, value in report.items()}
+        )
+    else:
+        lines = report if isinstance(report, list) else [report]
+        print("\n".join(str(line) for line in lines if line) or "Nothing differs.")
     return 0
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, list):
+        return "; ".join(map(str, value)) or "none"
+    return str(value)
 
 
 def stop(

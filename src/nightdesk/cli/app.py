@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cyclopts import App
-from cyclopts.exceptions import CycloptsError
+from cyclopts.exceptions import CycloptsError, UnusedCliTokensError
 
 from nightdesk import __version__
 from nightdesk.cli.commands import COMMANDS, LATER
@@ -68,6 +68,15 @@ def run(words: Sequence[str]) -> int:
                 result_action="return_value",
             )
             return result if isinstance(result, int) else 0
+    except UnusedCliTokensError as error:
+        given = " ".join(error.unused_tokens or ())
+        hint = (
+            f" Did you mean `-c {given}`?" if given.endswith((".yaml", ".yml")) else ""
+        )
+        complain(
+            f"{given!r} is one word too many.{hint} See `nightdesk {' '.join(_command_of(words))} --help`."
+        )
+        return 2
     except CycloptsError as error:
         complain(
             f"{error} See `nightdesk {' '.join(_command_of(words))} --help`.".replace(

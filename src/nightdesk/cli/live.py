@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nightdesk.cli.looking import duration, switch_count, why
-from nightdesk.cli.output import clock, number, us
+from nightdesk.cli.output import clock, note, number, us
 from nightdesk.control import ControlClient, RemoteError
 from nightdesk.errors import DeskNotRunningError, DeskSilentError
 from nightdesk.telemetry.health import judge
@@ -356,6 +356,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     break
                 live.update(frame(picture, console.width, console.height), refresh=True)
                 time.sleep(picture.pause_s)
+    if os.getppid() != parent:
+        note(
+            "the desk's process is gone without a word. Start it again: it goes on where it stood."
+        )
     return 0
 
 

@@ -7,10 +7,10 @@ Goes to: cli/connection.py
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 from nightdesk.cli.connection import Target, ask, state_directory
-from nightdesk.cli.output import clock, number, pairs, print_json, table, us
+from nightdesk.cli.output import clock, instant, number, pairs, print_json, table, us
 
 __all__ = [
     "duration",
@@ -29,7 +29,9 @@ __all__ = [
     "workers",
 ]
 
-_Limit = Annotated[int, Parameter(name=["--limit", "-n"])]
+_Limit = Annotated[
+    int, Parameter(name=["--limit", "-n"], validator=validators.Number(gte=1))
+]
 _HERE = Target()
 
 
@@ -74,7 +76,7 @@ def _headline(reply: Mapping[str, Any], level: str) -> dict[str, str]:
     return {
         "desk": f"{reply.get('name')} ({reply.get('mode')}, {'LIVE' if reply.get('live') else 'paper'}), process {reply.get('pid')}",
         "health": level,
-        "trading": f"{trading.get('state', '-')} {trading.get('reason') or ''}".strip(),
+        "trading": _trading(trading),
         "up": f"{duration(reply.get('uptime_s'))}, start {reply.get('epoch')}, since {clock(reply.get('started_at'))}",
         "tasks": f"{tasks.get('total', 0)} ({by_status})"
         if by_status
@@ -85,6 +87,17 @@ def _headline(reply: Mapping[str, Any], level: str) -> dict[str, str]:
         "equity": f"{number(reply.get('equity'), 2)}, realized {number(reply.get('realized_pnl'), 2)}, "
         f"unrealized {number(reply.get('unrealized_pnl'), 2)}, fees {number(reply.get('fees'), 4)}",
     }
+
+
+def _trading(trading: Mapping[str, Any]) -> str:
+    """Return the trading state, and who changed it, when and why."""
+    words = [str(trading.get("state", "-"))]
+    if trading.get("since_ns"):
+        words.append(f"since {clock(instant(trading['since_ns']))}")
+    if trading.get("actor"):
+        words.append(f"by {trading['actor']}")
+    reason = trading.get("reason")
+    return " ".join(words) + (f": {reason}" if reason else "")
 
 
 def switch_count(switch: Mapping[str, Any]) -> int:
@@ -167,7 +180,9 @@ def show(task: str, *, target: Target = _HERE) -> int:
         {
             name: value
             for name, value in reply.items()
-            if name not in nested and value not in (None, "")
+            if name not in nested
+            and not name.endswith("_ns")
+            and value not in (None, "")
         }
     )
     print("\nContext")

@@ -15,6 +15,7 @@ __all__ = [
     "clock",
     "complain",
     "guarded",
+    "instant",
     "note",
     "number",
     "print_json",
@@ -119,6 +120,13 @@ def us(value: Any) -> str:
         if value < 1e6
         else f"{value / 1e6:.2f} s"
     )
+
+
+def instant(ns: int) -> str:
+    """Return nanoseconds since 1970 as an ISO instant, to the second."""
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(ns // 1_000_000_000, UTC).isoformat()
 
 
 def clock(value: Any) -> str:

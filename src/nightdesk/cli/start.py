@@ -8,6 +8,7 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -225,6 +226,7 @@ def replay(
         raise CommandError(
             f"--venue is needed: one of {', '.join(v.name for v in loaded.venues) or 'none listed'}."
         )
+    _check_instrument(loaded, name, symbol)
     options: dict[str, Any] = {
         "files": [str(file) for file in files],
         "venue": name,
@@ -244,6 +246,22 @@ def replay(
     code = _run(loaded, show=not json)
     _summarise(Path(directory), json)
     return code
+
+
+def _check_instrument(config: Config, venue: str, symbol: str | None) -> None:
+    """A recording for a venue or an instrument that the desk does not have would reach nobody."""
+    venues = {each.name: each for each in config.venues}
+    if venue not in venues:
+        raise CommandError(
+            f"--venue is {venue!r}, expected one of {', '.join(venues)}."
+        )
+    listed = [
+        each.get("symbol") for each in venues[venue].options.get("instruments", ())
+    ]
+    if symbol and listed and symbol not in listed:
+        raise CommandError(
+            f"--symbol is {symbol!r}, expected one that venue {venue} lists: {', '.join(listed)}."
+        )
 
 
 def _replay_config(config: Path | None, log_level: str | None) -> Config:
@@ -296,6 +314,12 @@ def _summarise(directory: Path, as_json: bool) -> None:
         Decimal(0),
     )
     average = notional / quantity if quantity else None
+    fees: dict[str, Decimal] = {}
+    for fill in fills:
+        asset = str(fill["fee_asset"])
+        fees[asset] = fees.get(asset, Decimal(0)) + Decimal(str(fill["fee"]))
+    positions = [_position(r["data"]) for r in records if r["kind"] == "position"]
+    realized = sum((Decimal(str(p["realized_pnl"])) for p in positions), Decimal(0))
     if as_json:
         print_json(
             {
@@ -305,6 +329,9 @@ def _summarise(directory: Path, as_json: bool) -> None:
                 "fills": fills,
                 "filled_quantity": str(quantity),
                 "average_price": None if average is None else str(average),
+                "fees": {asset: str(fee) for asset, fee in fees.items()},
+                "realized_pnl": f"{realized:f}",
+                "positions": positions,
             }
         )
         return
@@ -313,6 +340,28 @@ def _summarise(directory: Path, as_json: bool) -> None:
         "fills": len(fills),
         "quantity": number(quantity),
         "average price": number(average, 4),
-        "state": directory,
+        "fees": ", ".join(f"{number(fee)} {asset}" for asset, fee in fees.items())
+        or "none",
+        "realized pnl": number(realized, 4),
     }
+    for position in positions:
+        facts[f"position {position['symbol']}@{position['venue']}"] = (
+            f"{number(position['quantity'])} at {number(position['average_price'], 4)}"
+        )
     pairs(facts)
+
+
+def _position(saved: Mapping[str, Any]) -> dict[str, str | None]:
+    """What a position's record says in the words of `positions`: it keeps cost and cash."""
+    from decimal import Decimal
+
+    quantity, cost, cash = (
+        Decimal(str(saved[key])) for key in ("quantity", "cost", "cash")
+    )
+    return {
+        "symbol": str(saved["symbol"]),
+        "venue": str(saved["venue"]),
+        "quantity": str(quantity),
+        "average_price": str(cost / quantity) if quantity else None,
+        "realized_pnl": f"{cash + cost:f}",
+    }

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nightdesk.cli.connection import Target, state_directory
-from nightdesk.cli.output import pairs, print_json
+from nightdesk.cli.output import note, pairs, print_json
 from nightdesk.kernel.clock import SystemClock
 from nightdesk.stores import _tools as tools
 
@@ -31,7 +31,13 @@ def _tell(target: Target, facts: Mapping[str, Any]) -> int:
 
 def _words(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{count} {name}" for name, count in value.items()) or "none"
+        inner = (
+            f"{name} ({_words(item)})"
+            if isinstance(item, Mapping)
+            else f"{name} {item}"
+            for name, item in value.items()
+        )
+        return ", ".join(inner) or "none"
     if isinstance(value, (list, tuple)):
         return "; ".join(map(str, value)) or "none"
     return str(value)
@@ -48,9 +54,15 @@ def export(*, kind: str | None = None, target: Target = _HERE) -> int:
     Args:
         kind: Only records of this kind: context, order, fill, audit ...
     """
+    kinds: set[str] = set()
     for record in tools.export(state_directory(target)):
+        kinds.add(str(record.get("kind")))
         if kind is None or record.get("kind") == kind:
             sys.stdout.write(json.dumps(record, default=str, ensure_ascii=False) + "\n")
+    if kind is not None and kind not in kinds:
+        note(
+            f"no record is of kind {kind!r}; there are {', '.join(sorted(kinds)) or 'none at all'}."
+        )
     return 0
 
 

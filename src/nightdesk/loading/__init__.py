@@ -124,10 +124,30 @@ def _doubts(config: Config) -> list[str]:
         doubts.append(
             f"`risk.allowed_symbols` names {', '.join(strange)}, which no venue lists."
         )
+    doubts += _unlisted_symbols(config)
     silent = [entry.id for entry in config.tasks if not entry.enabled]
     if silent:
         doubts.append(f"disabled: {', '.join(silent)}.")
     return doubts
+
+
+def _unlisted_symbols(config: Config) -> list[str]:
+    """A task that names an instrument its venue does not list would wait for a price for ever."""
+    listed = {
+        venue.name: [
+            each.get("symbol") for each in venue.options.get("instruments", ())
+        ]
+        for venue in config.venues
+    }
+    found = []
+    for entry in config.tasks:
+        symbol, venue = entry.params.get("symbol"), entry.params.get("venue")
+        known = listed.get(venue) if isinstance(venue, str) else None
+        if known and isinstance(symbol, str) and symbol not in known:
+            found.append(
+                f"task {entry.id!r}: `symbol` is {symbol!r}, which venue {venue} does not list. It has {', '.join(known)}."
+            )
+    return found
 
 
 def sample_config() -> str:

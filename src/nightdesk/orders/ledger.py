@@ -65,14 +65,12 @@ class _Totals(msgspec.Struct):
     quantity: Decimal = _ZERO
     cost: Decimal = _ZERO
     fees: dict[str, Decimal] = {}
-    keys: list[str] = []
 
     def add(self, fill: Fill) -> None:
         self.quantity += fill.quantity
         self.cost = _EXACT.fma(fill.price, fill.quantity, self.cost)
         if fill.fee:
             self.fees[fill.fee_asset] = self.fees.get(fill.fee_asset, _ZERO) + fill.fee
-        self.keys.append(fill.key)
 
 
 class _End(msgspec.Struct, frozen=True):
@@ -207,23 +205,19 @@ class Ledger:
             self._open.pop(client_order_id, None)
             self._by_task[order.task_id].pop(client_order_id, None)
 
-    def forget(self, task_id: str) -> tuple[list[Order], list[str]]:
-        """Drop the finished orders of one task; return them with the keys of their fills."""
+    def forget(self, task_id: str) -> list[Order]:
+        """Drop the finished orders of one task and return them; their fills stay known."""
         finished = [
             order for order in self.orders_of(task_id) if not order.status.is_open
         ]
-        keys: list[str] = []
         for order in finished:
             cid = order.client_order_id
             del self._orders[cid], self._by_task[task_id][cid]
             if order.venue_order_id is not None:
                 self._by_venue_id.pop((order.request.venue, order.venue_order_id), None)
-            totals = self._totals.pop(cid, None)
-            keys += totals.keys if totals else ()
-        self._keys.difference_update(keys)
         if not self._by_task.get(task_id, True):
             del self._by_task[task_id]
-        return finished, keys
+        return finished
 
     # --- what events mean -------------------------------------------------------------------------------
 

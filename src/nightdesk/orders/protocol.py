@@ -508,11 +508,12 @@ class OrderProtocol:
     async def forget(self, task_id: str) -> int:
         """Move the finished orders of a task that is gone to the archive; return how many.
 
-        Never for a task that still runs: it would believe that nothing was filled and send again.
+        Never for a task that still runs: it would believe that nothing was filled and send again. Their
+        fills stay: a venue reports them again after a restart, and what is not known is booked.
         """
-        orders, keys = self._ledger.forget(task_id)
+        orders = self._ledger.forget(task_id)
         if orders:
-            await self._store.save(await archive_batch(self._store, orders, keys))
+            await self._store.save(archive_batch(orders))
         return len(orders)
 
     # --- records ----------------------------------------------------------------------------------------

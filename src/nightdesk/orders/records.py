@@ -102,10 +102,8 @@ async def load_records(
     return found
 
 
-async def archive_batch(
-    store: Store, orders: list[Order], fill_keys: list[str]
-) -> list[Put | Delete]:
-    """Return what moves finished orders and their fills out of the way of the next start."""
+def archive_batch(orders: list[Order]) -> list[Put | Delete]:
+    """Return what moves finished orders out of the way of the next start."""
     batch: list[Put | Delete] = []
     for order in orders:
         cid = order.client_order_id
@@ -113,11 +111,4 @@ async def archive_batch(
             Delete("order", cid),
             Put("archived_order", cid, _encode(order), "completed"),
         ]
-    for key in fill_keys:
-        record = await store.get("fill", key)
-        if record is not None:
-            batch += [
-                Delete("fill", key),
-                Put("archived_fill", key, record.data, "completed"),
-            ]
     return batch

@@ -217,7 +217,9 @@ class Gate:
 
     def _shrinks(self, request: OrderRequest, key: str, more: Decimal) -> bool:
         held = self._positions.of(request.symbol, request.venue).quantity
-        return more + self.exposure.working(key, request.side) <= -held * request.side.sign
+        return (
+            more + self.exposure.working(key, request.side) <= -held * request.side.sign
+        )
 
     def _check_reduces(self, request: OrderRequest, key: str, held: Decimal) -> None:
         reserved = self.exposure.reducing(key, request.side)

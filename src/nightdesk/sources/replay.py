@@ -49,6 +49,8 @@ class ReplaySource(Source):
             jumps from event to event, and without any pause under a real one.
         format: One of `binance, trades, lean, candles`, or `auto`: by content.
         spread_ppm: Distance of bid and ask of the quotes made from candles.
+        origin_ns: Recorded time that is now when the source starts; None takes the first event's. The desk gives
+            all its recordings the same one, so that those of two venues keep their distance in time.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class ReplaySource(Source):
         speed: float | Literal["max"] = 1,
         format: str = "auto",
         spread_ppm: int = 100,
+        origin_ns: int | None = None,
     ) -> None:
         self.name = name
         self.problems = Problems()
@@ -79,6 +82,7 @@ class ReplaySource(Source):
             )
         self._format = format
         self._speed = speed
+        self._origin_ns = origin_ns
         self._naming = Naming(
             venue=venue,
             symbol=symbol,
@@ -148,7 +152,8 @@ class ReplaySource(Source):
         in_turn = 0
         for stamp, event in events:
             if timeline is None:
-                timeline = _Timeline(stamp, clock.now_ns(), self._pace(clock))
+                origin_ns = stamp if self._origin_ns is None else self._origin_ns
+                timeline = _Timeline(origin_ns, clock.now_ns(), self._pace(clock))
             due = timeline.move(stamp)
             wait_ns = due - clock.now_ns()
             if wait_ns > 0 and timeline.pace is not None:

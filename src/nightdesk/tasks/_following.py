@@ -17,7 +17,7 @@ from nightdesk.tasks._execution import (
     reached_venue,
     seconds,
 )
-from nightdesk.tasks._legs import net_quantity
+from nightdesk.tasks._legs import net_quantity, only_reduces
 
 __all__ = ["PoolFollower"]
 
@@ -106,6 +106,10 @@ class PoolFollower:
                     type=OrderType.MARKET if limit is None else OrderType.LIMIT,
                     price=limit,
                     time_in_force=TimeInForce.IOC,
+                    reduce_only=limit is None
+                    and only_reduces(
+                        self._desk, self._symbol, self._venue, side, quantity
+                    ),
                 )
             )
         except OrderDeniedError as denied:

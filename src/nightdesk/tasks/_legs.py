@@ -7,11 +7,19 @@ Goes to: tasks/_execution.py
 from collections.abc import Iterable
 from decimal import Decimal
 
+from nightdesk.abc import Desk
 from nightdesk.model.instrument import Instrument
-from nightdesk.model.order import Order
+from nightdesk.model.order import Order, Side
 from nightdesk.tasks._execution import ZERO
 
-__all__ = ["coarser_lot", "money_of", "net_edge", "net_quantity", "to_ppm"]
+__all__ = [
+    "coarser_lot",
+    "money_of",
+    "net_edge",
+    "net_quantity",
+    "only_reduces",
+    "to_ppm",
+]
 
 
 def net_edge(
@@ -52,6 +60,16 @@ def money_of(orders: Iterable[Order]) -> tuple[Decimal, Decimal]:
             flow -= order.request.side.sign * value
             fees += order.fees.get(quote, ZERO)
     return flow, fees
+
+
+def only_reduces(
+    desk: Desk, symbol: str, venue: str, side: Side, quantity: Decimal
+) -> bool:
+    """Return whether an order could do nothing but shrink what the desk holds there.
+
+    Marked so, it passes a halted gate: a halt must not keep the desk on one leg.
+    """
+    return quantity <= -side.sign * desk.position(symbol, venue).quantity
 
 
 def coarser_lot(quantity: Decimal, *instruments: Instrument) -> Decimal:

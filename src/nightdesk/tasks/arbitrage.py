@@ -30,7 +30,7 @@ from nightdesk.tasks._execution import (
 )
 from nightdesk.tasks._following import PoolFollower
 from nightdesk.tasks._gaps import Gap, PoolRules, RecentlySeen, best_gap
-from nightdesk.tasks._legs import money_of, net_quantity, to_ppm
+from nightdesk.tasks._legs import money_of, net_quantity, only_reduces, to_ppm
 
 __all__ = ["ArbitrageContext", "ArbitrageTask", "Decision", "Leg"]
 
@@ -399,6 +399,9 @@ class ArbitrageTask(OpportunityHandler[ArbitrageContext]):
                     side=side,
                     quantity=quantity,
                     type=OrderType.MARKET,
+                    reduce_only=only_reduces(
+                        self.desk, self.context.symbol, venue, side, quantity
+                    ),
                     parent=orders[-1].client_order_id,
                 )
             )

@@ -33,7 +33,13 @@ from nightdesk.tasks._execution import (
     seconds,
     trailing_refusals,
 )
-from nightdesk.tasks._legs import coarser_lot, money_of, net_edge, net_quantity
+from nightdesk.tasks._legs import (
+    coarser_lot,
+    money_of,
+    net_edge,
+    net_quantity,
+    only_reduces,
+)
 
 __all__ = ["DeltaNeutralContext", "DeltaNeutralTask"]
 
@@ -266,11 +272,21 @@ class DeltaNeutralTask(Task[DeltaNeutralContext]):
             "fees_paid": fees,
             "net_pnl": flow - fees,
             "naked_since_ns": self._naked_since(delta),
+            **self._given_up(),
         }
         changed = {k: v for k, v in changes.items() if getattr(c, k) != v}
         if changed:
             self.evolve_context(**changed)
         self._watch_time()
+
+    def _given_up(self) -> dict[str, Any]:
+        """Return the decision to unwind, if the ledger shows that it was made: the context may be older."""
+        if self.context.failed_leg is not None:
+            return {}
+        for side in Side:
+            if any(o.request.side is not side for o in self._orders[side]):
+                return {"failed_leg": side.opposite, "close_reason": "UNWOUND"}
+        return {}
 
     def _naked_since(self, delta: Decimal) -> int:
         lagging = self._lagging_side(delta)
@@ -529,13 +545,15 @@ class DeltaNeutralTask(Task[DeltaNeutralContext]):
             await self._send(self._market(lagging, lagging.opposite))
 
     def _market(self, side: Side, where: Side) -> OrderRequest:
+        symbol, venue = self.context.symbol, self.context.venues[where]
         quantity = self._instruments[where].floor_quantity(abs(self.context.delta))
         return OrderRequest(
-            symbol=self.context.symbol,
-            venue=self.context.venues[where],
+            symbol=symbol,
+            venue=venue,
             side=side,
             quantity=quantity,
             type=OrderType.MARKET,
+            reduce_only=only_reduces(self.desk, symbol, venue, side, quantity),
         )
 
     async def _clear(self, orders: tuple[Order, ...]) -> None:

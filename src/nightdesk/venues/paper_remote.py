@@ -98,6 +98,7 @@ class PaperRemoteVenue(Venue):
         self._line: asyncio.Task[None] | None = None
         self._connected = asyncio.Event()
         self._newest_ns = 0
+        self._is_started = False
 
     # Life ------------------------------------------------------------------------------------------
 
@@ -105,6 +106,7 @@ class PaperRemoteVenue(Venue):
         """Connect, or keep trying in the background if that takes longer than `connect_timeout_s`."""
         self._emit, self._clock, self._random = emit, clock, random
         self._newest_ns = clock.now_ns()
+        self._is_started = False
         context = contextvars.copy_context()
         self._line = asyncio.get_running_loop().create_task(
             self._stay_connected(), context=context
@@ -116,6 +118,7 @@ class PaperRemoteVenue(Venue):
             return_when="FIRST_COMPLETED",
         )
         connected.cancel()
+        self._is_started = True
         if self._line.done():
             await self._line
 
@@ -278,8 +281,8 @@ class PaperRemoteVenue(Venue):
             except (OSError, EOFError, ValueError, msgspec.MsgspecError) as error:
                 why = str(error) or type(error).__name__
             except NightdeskError as error:  # it could not be started
-                if first:
-                    raise
+                if first and not self._is_started:
+                    raise  # to `start`, which still waits
                 why = str(error)
             first = first and not self._connected.is_set()
             self._hang_up(why)

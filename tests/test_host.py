@@ -310,6 +310,7 @@ def test_operators_verbs_reach_the_scheduler_and_errors_come_back(play: Play) ->
         await desk.ask("adjust", "t", {"every": 0.01})
         words = await desk.ask("explain", "t")
         assert "next_run_words" in decode(words.body)
+        assert decode(words.body)["context"]["task_id"] == "t"
         unknown = await desk.ask("fly", "t")
         assert unknown.failure is not None
         assert decode((await desk.ask("remove", "t")).body) is True

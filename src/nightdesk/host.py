@@ -292,11 +292,20 @@ class Host(Observer):
             case "adjust":
                 return self.scheduler.adjust(task_id, **loading.adjustments(body))
             case "explain":
-                return {"next_run_words": self.scheduler.next_run_in_words(task_id)}
+                return self._explain(task_id)
             case "pause" | "resume" | "trigger" | "start" | "stop":
                 method = {"start": "start_task", "stop": "stop_task"}.get(verb, verb)
                 return getattr(self.scheduler, method)(task_id)
         raise NightdeskError(f"a background host cannot {verb!r}")
+
+    def _explain(self, task_id: str) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "next_run_words": self.scheduler.next_run_in_words(task_id)
+        }
+        resident = self._residents.get(task_id)
+        if resident is not None and resident.task is not None:
+            found["context"] = msgspec.to_builtins(resident.task.context, enc_hook=str)
+        return found
 
     # --- tasks come and go -----------------------------------------------------------------------
 

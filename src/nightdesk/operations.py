@@ -5,6 +5,7 @@ Goes to: desk.py
 """
 
 import asyncio
+import contextlib
 import traceback
 from collections.abc import Awaitable, Callable
 from decimal import Decimal
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from nightdesk import reports
-from nightdesk.errors import CommandError, UnknownTaskError
+from nightdesk.errors import CommandError, NightdeskError, UnknownTaskError
 from nightdesk.model.order import Order, Side
 from nightdesk.reports import iso
 from nightdesk.telemetry.logs import recent_logs
@@ -125,6 +126,10 @@ async def _do_task__show(
         line["orders"] = [
             _order_line(order) for order in desk.orders.orders_of(task_id)[-20:]
         ]
+    elif desk.roster.hosts is not None and desk.roster.hosts.knows(task_id):
+        # A host that is stuck or just restarting must not keep the rest from being shown.
+        with contextlib.suppress(NightdeskError):
+            line |= await desk.roster.hosts.explain(task_id)
     line["waits_at"] = local.waits_at() if local is not None else []
     return line
 

@@ -553,6 +553,7 @@ async def test_a_process_that_could_not_be_started_at_first_is_tried_again(
         connect_timeout_s=0.005,
     )
     await venue.start(lambda _: None, SystemClock(), random.Random(1))
-    while tries < 2:  # noqa: ASYNC110 - what is counted lies outside any event
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(10):
+        while tries < 2:  # noqa: ASYNC110 - what is counted lies outside any event
+            await asyncio.sleep(0.01)
     await venue.stop()

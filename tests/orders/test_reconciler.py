@@ -486,3 +486,26 @@ async def test_an_order_whose_venue_is_gone_from_the_configuration_stays_unknown
     assert (
         await house.orders.cancel(order.client_order_id)
     ).status is OrderStatus.UNKNOWN
+
+
+async def test_a_venue_that_was_down_at_the_start_is_read_from_the_last_booked_fill_on() -> (
+    None
+):
+    """Also fills that no order of ours would lead to: they are in the position all the same."""
+    house = await House().open()
+    order = await house.orders.submit("t", request())
+    again = house.next(keep=100)
+    house.venue.telling = "drop"
+    house.venue.fill(order.client_order_id, "1")
+    house.venue.place("somebody else's", "2")
+    house.venue.fill("somebody else's", "2")
+    house.venue.failing = 10_000
+    await running(again)
+    await again.settle(120)
+
+    house.venue.failing = 0
+    await again.settle(10)
+    await again.orders.sweep()
+
+    assert again.positions.of("BTC/USDT", "A").quantity == 3
+    assert standing(again, order.client_order_id).status is OrderStatus.FILLED

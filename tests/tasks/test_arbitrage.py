@@ -16,8 +16,16 @@ from fakes.desk import (
     settle,
     sides,
 )
+from nightdesk.errors import OrderDeniedError
 from nightdesk.model.events import Opportunity, PoolSwap, TradePrinted
-from nightdesk.model.order import OrderStatus, OrderType, Side, TimeInForce
+from nightdesk.model.order import (
+    Order,
+    OrderRequest,
+    OrderStatus,
+    OrderType,
+    Side,
+    TimeInForce,
+)
 from nightdesk.tasks.arbitrage import ArbitrageContext, ArbitrageTask
 
 D = Decimal
@@ -543,3 +551,26 @@ def test_a_wrong_parameter_is_named(field: str, value: Any) -> None:
 def test_the_hedge_may_not_disturb_the_difference_of_the_legs() -> None:
     with pytest.raises(ValueError, match="`hedge_venue`"):
         task_of(hedge_symbol="BTC/USDT", hedge_venue="A", hedge_quantity="1")
+
+
+@pytest.mark.parametrize("policy", ["unwind", "hedge"])
+async def test_a_halt_between_two_legs_does_not_keep_the_desk_on_one(
+    policy: Any,
+) -> None:
+    """A halted gate lets only orders pass that are marked reduce-only."""
+    desk = desk_of()
+    desk.answer("reject:NOT_NOW", venue="B")
+    submit = desk.submit
+
+    async def halted(request: OrderRequest) -> Order:
+        if len(desk.sent) >= 2 and not request.reduce_only:
+            raise OrderDeniedError("TRADING_HALTED", "by the operator")
+        return await submit(request)
+
+    desk.submit = halted  # type: ignore[method-assign]
+    task = await ready(desk, on_leg_failure=policy)
+    await shoot(task, desk)
+    await pass_time(task, desk, 30)
+
+    assert sides(desk.sent)[2:] == [("A", "SELL", "1.000")]
+    assert desk.sent[2].request.reduce_only

@@ -185,16 +185,25 @@ def show(task: str, *, target: Target = _HERE) -> int:
             and value not in (None, "")
         }
     )
-    print("\nContext")
-    pairs({f"  {name}": value for name, value in (reply.get("context") or {}).items()})
-    print("\nStates")
-    for step in reply.get("history") or []:
-        print(f"  {clock(step.get('at'))}  {step.get('state')}")
-    print("\nWaits at")
+    context = reply.get("context") or {}
+    if context:
+        print("\nContext")
+        pairs({f"  {name}": value for name, value in context.items()})
     waits = reply.get("waits_at") or []
-    for line in waits.splitlines() if isinstance(waits, str) else waits:
-        print(f"  {line}")
+    steps = [
+        f"{clock(step.get('at'))}  {step.get('state')}"
+        for step in reply.get("history") or []
+    ]
+    _section("States", steps)
+    _section("Waits at", waits.splitlines() if isinstance(waits, str) else waits)
     return 0
+
+
+def _section(heading: str, lines: list[str]) -> None:
+    if lines:
+        print(f"\n{heading}")
+    for line in lines:
+        print(f"  {line}")
 
 
 _ORDER_HEADINGS = (

@@ -317,7 +317,7 @@ class HostPool:
         hosted.change(adjustments={**hosted.task.adjustments, **changes})
 
     async def explain(self, task_id: str) -> dict[str, Any]:
-        """Return `next_run_words`, when it runs next, asked of its host."""
+        """Return `next_run_words`, when it runs next, and its `context`, asked of its host."""
         hosted = self._hosted(task_id)
         if hosted.link is None:
             return {"next_run_words": hosted.why}

@@ -354,11 +354,10 @@ class Reconciler:
     async def _sweep_orders(
         self, venue: Venue, report: SweepReport, suspects: set[str]
     ) -> None:
-        before_ns = self._clock.now_ns()
         listed = await venue.open_orders()
         report.open_orders += len(listed)
         since_ns = (
-            self._since_ns.get(venue.name, before_ns)
+            self._since_ns.get(venue.name, self._start_of(venue))
             - _OVERLAP_NS
             - round(venue.index_lag_s * _SECOND_NS)
         )

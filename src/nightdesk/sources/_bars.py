@@ -17,7 +17,16 @@ from typing import IO, Any
 import msgspec
 
 from nightdesk.model.events import CandleClosed, QuoteChanged
-from nightdesk.sources._context import Naming, Problems, Stamped
+from nightdesk.sources._context import (
+    BAD_LINE,
+    MAX_LINE,
+    Naming,
+    Problems,
+    Stamped,
+    check_number,
+    check_stamp,
+    check_symbol,
+)
 
 __all__ = ["json_bars", "lean_bars"]
 
@@ -31,7 +40,6 @@ _LENGTHS = {
 }
 _UNITS = {"S": 1, "M": 60, "H": 3600, "D": 86400}
 _exact = msgspec.json.Decoder(float_hook=Decimal)
-_BAD_LINE = (ValueError, ArithmeticError, KeyError, TypeError)
 
 
 def lean_bars(
@@ -52,7 +60,9 @@ def lean_bars(
     symbol = naming.symbol_of(recorded.upper())
     seconds, timeframe = _LENGTHS[length]
     midnight = _day_ns(day) if day else None
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
+        if len(line) == MAX_LINE:
+            raise EOFError(f"a line is longer than {MAX_LINE} bytes")
         try:
             cells = line.decode().strip().split(",")
             open_ns = _open_ns(cells[0], midnight)
@@ -61,7 +71,7 @@ def lean_bars(
                 yield _quote_bar(naming, symbol, open_ns + seconds * _SECOND, values)
             else:
                 yield from _bar(naming, symbol, timeframe, open_ns, seconds, values)
-        except (*_BAD_LINE, IndexError) as error:
+        except BAD_LINE as error:
             problems.add(str(path), number, str(error) or type(error).__name__)
 
 
@@ -70,8 +80,10 @@ def json_bars(
 ) -> Iterator[Stamped]:
     """Yield the bars of a JSON file: an array of bars, or one under `candles` or `ohlc`."""
     content = _exact.decode(data)
-    symbol = naming.symbol_of(_symbol_in(path.name, content))
+    symbol = naming.symbol_of(check_symbol(_symbol_in(path.name, content)))
     seconds = _length_in(path.name, content)
+    if seconds <= 0:
+        raise ValueError(f"a bar of {seconds} s")
     bars = (
         content
         if isinstance(content, list)
@@ -83,23 +95,28 @@ def json_bars(
             yield from _bar(
                 naming, symbol, _timeframe(seconds), open_ns, seconds, values
             )
-        except _BAD_LINE as error:
+        except BAD_LINE as error:
             problems.add(str(path), number, f"bar: {error or type(error).__name__}")
 
 
 def _json_bar(bar: dict[str, Any], seconds: int) -> tuple[int, list[Decimal]]:
     if "openTimeInMillis" in bar:
-        open_ns = int(bar["openTimeInMillis"]) * _MILLISECOND
+        open_ns = _whole(bar["openTimeInMillis"]) * _MILLISECOND
     elif "endTime" in bar:
         # The end is given as the last millisecond of the bar.
-        open_ns = (int(bar["endTime"]) + 1) * _MILLISECOND - seconds * _SECOND
+        open_ns = (_whole(bar["endTime"]) + 1) * _MILLISECOND - seconds * _SECOND
     else:
-        open_ns = int(bar["start"]) * _SECOND
+        open_ns = _whole(bar["start"]) * _SECOND
     names = ("open", "high", "low", "close")
     values = [
         Decimal(bar[name] if name in bar else bar[f"{name}Price"]) for name in names
     ]
     return open_ns, [*values, Decimal(bar["volume"])]
+
+
+def _whole(value: Any) -> int:
+    """Return a number of JSON as an int; without a bound, `1e999999` would take half a minute."""
+    return int(check_number(Decimal(value), "a time"))
 
 
 def _bar(
@@ -110,7 +127,7 @@ def _bar(
     seconds: int,
     values: list[Decimal],
 ) -> Iterator[Stamped]:
-    opened, high, low, close, volume = values
+    opened, high, low, close, volume = (check_number(v, "a value") for v in values)
     if not (
         low <= min(opened, close)
         and max(opened, close) <= high
@@ -120,7 +137,8 @@ def _bar(
         raise ValueError(
             f"open {opened}, high {high}, low {low}, close {close} make no candle"
         )
-    end_ns = open_ns + seconds * _SECOND
+    end_ns = check_stamp(open_ns + seconds * _SECOND)
+    check_stamp(open_ns)
     yield (
         end_ns,
         CandleClosed(
@@ -161,8 +179,10 @@ def _close_quote(
 def _quote_bar(
     naming: Naming, symbol: str, end_ns: int, values: list[Decimal]
 ) -> Stamped:
-    _, _, _, bid, bid_quantity, _, _, _, ask, ask_quantity = values
-    return end_ns, QuoteChanged(
+    _, _, _, bid, bid_quantity, _, _, _, ask, ask_quantity = (
+        check_number(value, "a value") for value in values
+    )
+    return check_stamp(end_ns), QuoteChanged(
         symbol=symbol,
         venue=naming.venue,
         bid=bid,
@@ -203,7 +223,7 @@ def _symbol_in(name: str, content: Any) -> str:
 
 def _length_in(name: str, content: Any) -> int:
     if isinstance(content, list) and content and "sizeInMillis" in content[0]:
-        return int(content[0]["sizeInMillis"]) // 1000
+        return _whole(content[0]["sizeInMillis"]) // 1000
     found = re.search(r"PT?(\d+)([SMHD])", name)
     return int(found[1]) * _UNITS[found[2]] if found else 60
 

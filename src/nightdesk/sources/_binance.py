@@ -8,17 +8,24 @@ Goes to: sources/_recordings.py
 """
 
 from decimal import Decimal
-from functools import cache
 
 import msgspec
 
 from nightdesk.model.events import BookChanged, Event, QuoteChanged, TradePrinted
 from nightdesk.model.order import Side
-from nightdesk.sources._context import Naming, Stamped
+from nightdesk.sources._context import (
+    Naming,
+    Stamped,
+    check_levels,
+    check_number,
+    check_stamp,
+    check_symbol,
+)
 
 __all__ = ["BinanceMessages"]
 
 _MILLISECOND = 1_000_000
+_MOST_SYMBOLS = 10_000
 _Levels = list[tuple[Decimal, Decimal]]
 
 
@@ -68,7 +75,7 @@ class BinanceMessages:
 
     def __init__(self, naming: Naming) -> None:
         self._naming = naming
-        self._symbol_of = cache(naming.symbol_of)
+        self._symbols: dict[str, str] = {}
         self._last_symbol = ""
         self._envelope = msgspec.json.Decoder(_Envelope)
         self._ticker = msgspec.json.Decoder(_Ticker)
@@ -84,7 +91,7 @@ class BinanceMessages:
         stamp_text, separator, text = line.partition(b" ")
         if not separator:
             raise ValueError("no JSON after the time")
-        stamp = int(stamp_text)
+        stamp = check_stamp(int(stamp_text))
         envelope = self._envelope.decode(text)
         event = self._event(stamp, envelope)
         return None if event is None else (stamp, event)
@@ -103,6 +110,7 @@ class BinanceMessages:
 
     def _on_ticker(self, stamp: int, message: _Ticker) -> Event:
         self._last_symbol = message.s
+        check_levels(((message.b, message.B), (message.a, message.A)))
         return QuoteChanged(
             symbol=self._symbol_of(message.s),
             venue=self._naming.venue,
@@ -110,7 +118,7 @@ class BinanceMessages:
             bid_quantity=message.B,
             ask=message.a,
             ask_quantity=message.A,
-            ts_event_ns=message.E * _MILLISECOND,
+            ts_event_ns=check_stamp(message.E * _MILLISECOND),
             ts_received_ns=stamp,
         )
 
@@ -121,16 +129,18 @@ class BinanceMessages:
         return TradePrinted(
             symbol=self._symbol_of(message.s),
             venue=self._naming.venue,
-            price=message.p,
-            quantity=message.q,
+            price=check_number(message.p, "price"),
+            quantity=check_number(message.q, "quantity"),
             side=Side.SELL if message.m else Side.BUY,
             trade_id=str(message.t),
-            ts_event_ns=message.T * _MILLISECOND,
+            ts_event_ns=check_stamp(message.T * _MILLISECOND),
             ts_received_ns=stamp,
         )
 
     def _on_depth(self, stamp: int, message: _Depth) -> Event:
         self._last_symbol = message.s
+        check_levels(message.b)
+        check_levels(message.a)
         return BookChanged(
             symbol=self._symbol_of(message.s),
             venue=self._naming.venue,
@@ -138,13 +148,15 @@ class BinanceMessages:
             asks=message.a,
             first_sequence=message.pu + 1 if message.pu else message.U,
             last_sequence=message.u,
-            ts_event_ns=message.E * _MILLISECOND,
+            ts_event_ns=check_stamp(message.E * _MILLISECOND),
             ts_received_ns=stamp,
         )
 
     def _on_snapshot(self, stamp: int, envelope: _Envelope) -> Event:
         if not envelope.lastUpdateId:
             raise ValueError("neither a stream's message nor a snapshot of a book")
+        check_levels(envelope.bids)
+        check_levels(envelope.asks)
         return BookChanged(
             symbol=self._symbol_of(envelope.symbol or self._last_symbol),
             venue=self._naming.venue,
@@ -153,6 +165,16 @@ class BinanceMessages:
             first_sequence=envelope.lastUpdateId,
             last_sequence=envelope.lastUpdateId,
             is_snapshot=True,
-            ts_event_ns=envelope.E * _MILLISECOND,
+            ts_event_ns=check_stamp(envelope.E * _MILLISECOND),
             ts_received_ns=stamp,
         )
+
+    def _symbol_of(self, recorded: str) -> str:
+        known = self._symbols.get(recorded)
+        if known is None:
+            if len(self._symbols) >= _MOST_SYMBOLS:
+                raise ValueError(f"more than {_MOST_SYMBOLS} instruments")
+            known = self._symbols[recorded] = self._naming.symbol_of(
+                check_symbol(recorded)
+            )
+        return known

@@ -11,17 +11,23 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
-
-import msgspec
 
 from nightdesk.errors import ConfigError
 from nightdesk.model.events import TradePrinted
 from nightdesk.model.order import Side
 from nightdesk.sources._bars import json_bars, lean_bars
 from nightdesk.sources._binance import BinanceMessages
-from nightdesk.sources._context import Naming, Problems, Stamped
+from nightdesk.sources._context import (
+    BAD_LINE,
+    MAX_LINE,
+    Naming,
+    Problems,
+    Stamped,
+    check_number,
+    check_stamp,
+)
 
 __all__ = ["FORMATS", "Naming", "Problems", "Stamped", "detect", "events_of"]
 
@@ -29,7 +35,11 @@ FORMATS = ("binance", "trades", "lean", "candles")
 _SECOND = 1_000_000_000
 _CHUNK = 256 * 1024
 _GZIP = 31  # zlib's word for a gzip header and trailer
-_BAD_LINE = (ValueError, ArithmeticError, InvalidOperation, msgspec.MsgspecError)
+_MAX_JSON = 64 * 1024 * 1024
+_PATIENCE = 10_000
+"""Lines of nonsense in a row after which a file is given up: each one costs the desk time and yields nothing."""
+# A zip may be encrypted, or packed in ways that Python does not know: it says so by a RuntimeError.
+_BAD_FILE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError)
 
 
 def detect(path: Path) -> str:
@@ -72,18 +82,21 @@ def events_of(
     }[format_]
     try:
         yield from parser(path, naming, problems)
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _BAD_FILE as error:
         problems.add(str(path), 0, f"ends early: {error}")
 
 
 def _binance(path: Path, naming: Naming, problems: Problems) -> Iterator[Stamped]:
     messages = BinanceMessages(naming)
+    in_a_row = 0
     for number, line in enumerate(_lines(path), 1):
         try:
             event = messages.parse(line)
-        except _BAD_LINE as error:
+        except BAD_LINE as error:
             problems.add(str(path), number, str(error))
+            in_a_row = _lose_patience(in_a_row)
             continue
+        in_a_row = 0
         if event is not None:
             yield event
 
@@ -98,21 +111,25 @@ def _trades(path: Path, naming: Naming, problems: Problems) -> Iterator[Stamped]
         f"BTC{currency[0]}" if currency else path.name.split(".")[0]
     )
     side, last = Side.BUY, Decimal(0)
+    in_a_row = 0
     for number, line in enumerate(_lines(path), 1):
         try:
             seconds, price_text, quantity_text = line.decode().strip().split(",")
-            stamp = round(Decimal(seconds) * _SECOND)
+            when = check_number(Decimal(seconds), "time")
+            stamp = check_stamp(round(when * _SECOND))
             price, quantity = (
-                Decimal(price_text).normalize() + 0,
-                Decimal(quantity_text).normalize() + 0,
+                check_number(Decimal(price_text), "price").normalize() + 0,
+                check_number(Decimal(quantity_text), "quantity").normalize() + 0,
             )
             if not (price > 0 and quantity > 0):
                 raise ValueError(
                     f"price {price} and quantity {quantity} must be above 0"
                 )
-        except _BAD_LINE as error:
+        except BAD_LINE as error:
             problems.add(str(path), number, str(error))
+            in_a_row = _lose_patience(in_a_row)
             continue
+        in_a_row = 0
         if price != last:
             side = Side.BUY if price > last else Side.SELL
             last = price
@@ -141,8 +158,13 @@ def _lean(path: Path, naming: Naming, problems: Problems) -> Iterator[Stamped]:
 
 
 def _candles(path: Path, naming: Naming, problems: Problems) -> Iterator[Stamped]:
-    data = b"".join(_chunks(path))
-    yield from _guarded(path, json_bars(path, data, naming, problems), problems)
+    data = bytearray()
+    for chunk in _chunks(path):
+        data += chunk
+        if len(data) > _MAX_JSON:
+            problems.add(str(path), 0, f"is larger than {_MAX_JSON >> 20} MiB")
+            return
+    yield from _guarded(path, json_bars(path, bytes(data), naming, problems), problems)
 
 
 def _guarded(
@@ -150,17 +172,30 @@ def _guarded(
 ) -> Iterator[Stamped]:
     try:
         yield from events
-    except msgspec.MsgspecError as error:
+    except BAD_LINE as error:
         problems.add(str(path), 0, f"cannot be read: {error}")
 
 
+def _lose_patience(bad_lines: int) -> int:
+    if bad_lines >= _PATIENCE:
+        raise EOFError(f"{_PATIENCE} lines in a row make no sense; it is given up")
+    return bad_lines + 1
+
+
 def _lines(path: Path) -> Iterator[bytes]:
-    rest = b""
+    """Yield line by line, up to one that is longer than any message could be."""
+    rest = bytearray()
     for chunk in _chunks(path):
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
+        *lines, tail = chunk.split(b"\n")
+        if lines:
+            yield bytes(rest) + lines[0]
+            yield from lines[1:]
+            rest.clear()
+        rest += tail
+        if len(rest) > MAX_LINE:
+            raise EOFError(f"a line is longer than {MAX_LINE} bytes")
     if rest:
-        yield rest
+        yield bytes(rest)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
@@ -172,11 +207,11 @@ def _chunks(path: Path) -> Iterator[bytes]:
             return
         unpack = zlib.decompressobj(_GZIP)
         while chunk := stream.read(_CHUNK):
-            yield unpack.decompress(chunk)
-            while (
-                unpack.eof and unpack.unused_data
-            ):  # files may be several gzips in a row
-                chunk, unpack = unpack.unused_data, zlib.decompressobj(_GZIP)
-                yield unpack.decompress(chunk)
+            # Piece by piece: a small file may unpack to more than the machine has memory.
+            while chunk:
+                yield unpack.decompress(chunk, _CHUNK)
+                chunk = unpack.unconsumed_tail
+                if unpack.eof and unpack.unused_data:  # several gzips in a row
+                    chunk, unpack = unpack.unused_data, zlib.decompressobj(_GZIP)
         if not unpack.eof:
             raise EOFError("the compressed data is cut off")

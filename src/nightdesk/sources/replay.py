@@ -148,6 +148,16 @@ class ReplaySource(Source):
         )
 
     async def _play(self, events: Iterator[Stamped], emit: Emit, clock: Clock) -> None:
+        """Play to the end, whatever is in the files: a source that dies in silence looks like a quiet market."""
+        try:
+            await self._emit_all(events, emit, clock)
+        except Exception as error:
+            self.problems.add(self.name, 0, f"ends early: {error!r}")
+        self._finished = True
+
+    async def _emit_all(
+        self, events: Iterator[Stamped], emit: Emit, clock: Clock
+    ) -> None:
         timeline: _Timeline | None = None
         in_turn = 0
         for stamp, event in events:
@@ -166,7 +176,6 @@ class ReplaySource(Source):
                 in_turn = 0
             emit(timeline.place(event, stamp, clock.now_ns()))
             self.emitted += 1
-        self._finished = True
 
     def _pace(self, clock: Clock) -> float | None:
         """Return how many recorded seconds pass in one of the desk's; None for no pauses at all."""

@@ -25,7 +25,6 @@ import msgspec
 
 from nightdesk.abc import Clock
 from nightdesk.errors import (
-    CommandError,
     DeskNotRunningError,
     DeskSilentError,
     NightdeskError,
@@ -49,8 +48,6 @@ POINTER_NAME = "control.path"
 FLAG_NAME = "HALT"
 MAX_REQUEST = 1024 * 1024
 MAX_REPLY = 64 * 1024 * 1024
-MAX_ACTOR = 200
-MAX_REASON = 2000
 _REFUSAL_S = 1.0
 _MAX_PATH = 100  # sun_path holds 108 bytes on Linux, 104 on macOS
 _LOOKING = frozenset(
@@ -300,7 +297,7 @@ class ControlServer:
                 request.get("arguments") or {},
                 request.get("reason") or "",
             )
-            actor = str(request.get("actor") or "unknown")[:MAX_ACTOR]
+            actor = str(request.get("actor") or "unknown")[:200]
             if not (
                 isinstance(verb, str)
                 and isinstance(arguments, dict)
@@ -321,7 +318,7 @@ class ControlServer:
         # Looking may wait; a command must not, so it runs in the desk's own lane.
         with lane(Lane.NORMAL if verb in _LOOKING else Lane.DESK):
             command = asyncio.ensure_future(
-                self._handler(verb, arguments, actor, reason[:MAX_REASON])
+                self._handler(verb, arguments, actor, reason[:2000])
             )
             command.set_name(f"command {verb}"[:60])
         self._commands.add(command)
@@ -349,12 +346,10 @@ def _outcome(request_id: Any, command: asyncio.Task[Any], took_ms: float) -> byt
         return _failure(request_id, "Cancelled", "the desk is stopping", 1)
     error = command.exception()
     if error is None:
-        reply = {"id": request_id, "result": command.result(), "took_ms": took_ms}
-        try:
-            reply = _as_json(reply)
-        except Exception as found:  # it came out of a task's memory, which holds anything
-            text = f"the reply cannot be written as JSON ({type(found).__name__})"
-            return _failure(request_id, "Unprintable", text, 1)
+        reply = msgspec.json.encode(
+            {"id": request_id, "result": command.result(), "took_ms": took_ms},
+            enc_hook=str,
+        )
         if len(reply) > MAX_REPLY:
             return _failure(
                 request_id,
@@ -375,21 +370,7 @@ def _outcome(request_id: Any, command: asyncio.Task[Any], took_ms: float) -> byt
 
 def _failure(request_id: Any, kind: str, message: str, exit_code: int) -> bytes:
     error = {"type": kind, "message": message, "exit_code": exit_code}
-    return _as_json({"id": request_id, "error": error}) + b"\n"
-
-
-def _as_json(value: Any) -> bytes:
-    try:
-        return msgspec.json.encode(value, enc_hook=str)
-    except UnicodeEncodeError:
-        # Names of files may hold bytes that are no UTF-8; the standard library can say them.
-        plain = msgspec.to_builtins(value, enc_hook=str, str_keys=True)
-        return json.dumps(plain, default=str).encode()
-
-
-def _sayable(text: str, limit: int) -> str:
-    """Return `text` short, and without what a shell made of bytes that are no UTF-8: no reason stops a halt."""
-    return text[:limit].encode("utf-8", "backslashreplace").decode()
+    return msgspec.json.encode({"id": request_id, "error": error}) + b"\n"
 
 
 # --- the operator's end ---------------------------------------------------------------------------------
@@ -440,8 +421,8 @@ class ControlClient:
             "id": self._count,
             "verb": verb,
             "arguments": dict(arguments or {}),
-            "actor": _sayable(actor, MAX_ACTOR),
-            "reason": _sayable(reason, MAX_REASON),
+            "actor": actor,
+            "reason": reason,
         }
         try:
             connection = self._connect()
@@ -524,10 +505,7 @@ def halt(
                 "halt", {"mode": mode}, actor=actor, reason=reason
             )
             return {**found, "by": "desk"}
-    except (DeskNotRunningError, DeskSilentError, RemoteError, OSError) as error:
-        if isinstance(error, RemoteError) and error.type == CommandError.__name__:
-            raise  # no such mode
-        # Any other refusal (too many clients, a disk that fails) must not keep a desk trading.
+    except (DeskNotRunningError, DeskSilentError, OSError) as error:
         running = not isinstance(error, DeskNotRunningError)
         path = _raise_flag(directory, mode, actor, reason)
         if running and client.pid:
@@ -549,11 +527,11 @@ def _raise_flag(directory: Path, mode: str, actor: str, reason: str) -> Path:
 
     path = directory / FLAG_NAME
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    body = f"{_sayable(reason, MAX_REASON)} (by {_sayable(actor, MAX_ACTOR)}, {at}, asked to {mode})\n"
+    body = f"{reason} (by {actor}, {at}, asked to {mode})\n"
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=directory, prefix=".halt-")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with os.fdopen(descriptor, "w") as file:
             file.write(body)
             file.flush()
             os.fsync(file.fileno())

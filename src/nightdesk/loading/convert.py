@@ -6,7 +6,7 @@ Goes to: config.py
 
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from enum import Enum
 from pathlib import Path
@@ -23,8 +23,6 @@ _DURATION = re.compile(
     r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s|sec|m|min|h|d)\s*\Z", re.IGNORECASE
 )
 _LISTS = (tuple, list, frozenset, set, Sequence)
-_LARGEST = Decimal("1e60")
-_MOST_SECONDS = 100 * 366 * 86_400
 _UNITS = {
     "us": "0.000001",
     "ms": "0.001",
@@ -149,16 +147,9 @@ def _member(value: str, hint: Any) -> str:
 
 
 def _is_sane(result: Any, key: str) -> bool:
-    """Numbers are of a size that arithmetic, clocks and formats can bear, also inside lists and mappings."""
-    if isinstance(result, Mapping):
-        return all(_is_sane(value, key) for value in result.values())
-    if isinstance(result, (list, tuple, set, frozenset)):
-        return all(_is_sane(value, key) for value in result)
+    """Numbers are finite, and no duration is negative."""
     if isinstance(result, bool) or not isinstance(result, (int, float, Decimal)):
         return True
-    if isinstance(result, int) and not -(2**63) <= result < 2**63:
+    if not (Decimal("-1e60") < Decimal(result) < Decimal("1e60")):
         return False
-    size = abs(Decimal(result))
-    if not size.is_finite() or not (not size or 1 / _LARGEST < size < _LARGEST):
-        return False
-    return 0 <= result <= _MOST_SECONDS or not key.endswith("_s")
+    return result >= 0 or not key.endswith("_s")

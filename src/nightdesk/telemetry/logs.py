@@ -148,43 +148,28 @@ class _Logs:
     def _cleaned(self, entry: Entry) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in entry.items():
-            if _is_secret(key):
-                found[_sayable(key)] = "***"
+            if any(word in key.lower() for word in _SECRET_KEYS):
+                found[key] = "***"
             elif isinstance(value, (int, float, bool)) or value is None:
                 found[key] = value
             elif isinstance(value, str):
                 found[key] = self._without_secrets(value)[:_TEXT_LIMIT]
             else:
-                found[_sayable(key)] = self._plain(value)
+                found[key] = self._plain(value)
         return found
 
     def _plain(self, value: Any) -> Any:
         try:
-            plain = self._masked(
-                msgspec.to_builtins(value, enc_hook=str, str_keys=True)
-            )
-            text = msgspec.json.encode(plain).decode()
-        except Exception:  # whatever a task logs, and however it fails to describe itself
-            try:
-                return self._without_secrets(str(value))[:_TEXT_LIMIT]
-            except Exception:
-                return f"({type(value).__name__})"
-        return plain if len(text) <= _TEXT_LIMIT else text[:_TEXT_LIMIT]
-
-    def _masked(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self._without_secrets(value)
-        if isinstance(value, dict):
-            return {
-                _sayable(key): "***" if _is_secret(key) else self._masked(each)
-                for key, each in value.items()
-            }
-        if isinstance(value, (list, tuple)):
-            return [self._masked(each) for each in value]
-        return value
+            text = msgspec.json.encode(value, enc_hook=str).decode()
+        except (TypeError, ValueError, RecursionError):
+            text = msgspec.json.encode(str(value)).decode()
+        return (
+            msgspec.json.decode(self._without_secrets(text))
+            if len(text) <= _TEXT_LIMIT
+            else text[:_TEXT_LIMIT]
+        )
 
     def _without_secrets(self, text: str) -> str:
-        text = _sayable(text)
         for secret in self.hidden:
             if secret in text:
                 text = text.replace(secret, "***")
@@ -285,33 +270,10 @@ class _ConsoleHandler(logging.Handler):
             else _as_text(record, _wants_colour(stream))
         )
         try:
-            try:
-                stream.write(line + "\n")
-            except UnicodeEncodeError:  # a terminal that knows no UTF-8
-                stream.write(ascii(line)[1:-1] + "\n")
+            stream.write(line + "\n")
             stream.flush()
         except (OSError, ValueError):
             self._logs.console = "off"
-
-
-def _is_secret(key: str) -> bool:
-    return any(word in key.lower() for word in _SECRET_KEYS)
-
-
-def _sayable(text: str) -> str:
-    """Return `text` as UTF-8 can say it: names of files may hold other bytes, and one must not end the log."""
-    if text.isascii():
-        return text
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _visible(text: str) -> str:
-    """Return `text` with its control characters shown, not obeyed: no line may paint over another, or forge one."""
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text
-    )
 
 
 def _as_json(record: logging.LogRecord) -> str:
@@ -321,8 +283,7 @@ def _as_json(record: logging.LogRecord) -> str:
 def _as_text(record: logging.LogRecord, colour: bool) -> str:
     entry = dict(cast(Mapping[str, Any], record.msg))
     when = str(entry.pop("at", ""))[11:23]
-    level = str(entry.pop("level", ""))
-    text = _visible(str(entry.pop("event", ""))).replace("\n", "\\n")
+    level, text = str(entry.pop("level", "")), str(entry.pop("event", ""))
     trouble = entry.pop("exception", None)
     rest = " ".join(f"{key}={_word(value)}" for key, value in entry.items())
     head = f"{when} {level:<8} {text}"
@@ -330,13 +291,12 @@ def _as_text(record: logging.LogRecord, colour: bool) -> str:
         head = f"\x1b[2m{when}\x1b[0m \x1b[{_COLOURS.get(level, '0')}m{level:<8}\x1b[0m {text}"
         rest = f"\x1b[2m{rest}\x1b[0m" if rest else ""
     line = f"{head}  {rest}".rstrip()
-    return f"{line}\n{_visible(str(trouble))}" if trouble else line
+    return f"{line}\n{trouble}" if trouble else line
 
 
 def _word(value: Any) -> str:
     text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-    is_word = text and text.isprintable() and not any(c.isspace() for c in text)
-    return text if is_word else repr(text)
+    return text if text and not any(c.isspace() for c in text) else repr(text)
 
 
 def _wants_colour(stream: Any) -> bool:

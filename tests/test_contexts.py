@@ -2,10 +2,23 @@
 
 import asyncio
 
+import pytest
+
 from fakes.clock import ManualClock
-from nightdesk.abc import Batch, Put
+from nightdesk.abc import Batch, Put, Task
 from nightdesk.contexts import Checkpoints
-from nightdesk.errors import StateNotWritableError
+from nightdesk.errors import CapacityError, StateNotWritableError
+from nightdesk.model.context import TaskContext
+from nightdesk.model.serializer import decode_context, encode_context
+
+
+class NoteContext(TaskContext):
+    note: str = ""
+    best: float = 0.0
+
+
+class Note(Task[NoteContext]):
+    context_class = NoteContext
 
 
 class Disk:
@@ -86,3 +99,43 @@ async def test_a_removed_task_leaves_nothing_to_write() -> None:
     await checkpoints.drain()
 
     assert disk.written == {}
+
+
+async def test_a_context_too_large_to_keep_fails_its_own_task_and_no_other() -> None:
+    disk = Disk()
+    checkpoints = build(disk)
+    small, giant = (
+        Note(NoteContext(task_id="small")),
+        Note(NoteContext(task_id="giant", note="x" * 7_000_000)),
+    )
+
+    with pytest.raises(CapacityError, match="giant"):
+        checkpoints.mark(giant, "note", 1)
+    checkpoints.mark(small, "note", 1)
+    await checkpoints.drain()
+
+    assert list(disk.written) == ["small"]
+
+
+async def test_what_cannot_be_written_is_tried_again_at_the_next_checkpoint() -> None:
+    disk = Disk()
+    checkpoints = build(disk)
+    note = Note(NoteContext(task_id="n", note="caf\udce9"))
+    for _ in range(2):
+        with pytest.raises(UnicodeEncodeError):
+            checkpoints.mark(note, "note", 1)
+    note.context = note.context.evolve(note="café")
+
+    checkpoints.mark(note, "note", 1)
+    await checkpoints.drain()
+
+    assert list(disk.written) == ["n"]
+
+
+@pytest.mark.parametrize("best", [float("inf"), float("-inf"), float("nan"), 0.5])
+def test_a_context_with_an_infinity_can_be_read_again(best: float) -> None:
+    data = encode_context(
+        NoteContext(task_id="n", best=best), type="note", schema=1, saved_ns=1
+    )
+
+    assert repr(decode_context(data, NoteContext).best) == repr(best)

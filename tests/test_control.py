@@ -15,6 +15,7 @@ from fakes.control import FakeClock
 from nightdesk import control
 from nightdesk.control import ControlClient, ControlServer, RemoteError, socket_path
 from nightdesk.errors import (
+    CommandError,
     DeskNotRunningError,
     DeskSilentError,
     StateNotWritableError,
@@ -239,7 +240,7 @@ async def test_a_directory_in_tmp_that_others_may_use_is_refused(
     open_to_all.chmod(0o777)
 
     with pytest.raises(StateNotWritableError, match="not a private directory"):
-        control._private_directory(open_to_all)
+        control.private_directory(open_to_all)
 
 
 async def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
@@ -350,4 +351,90 @@ async def test_halt_of_a_healthy_desk_goes_by_the_socket(tmp_path: Path) -> None
 
     assert found["by"] == "desk"
     assert not (tmp_path / "HALT").exists()
+    await server.stop()
+
+
+# --- hostile words --------------------------------------------------------------------------------------
+
+
+async def test_a_halt_takes_effect_whatever_bytes_its_reason_has(
+    tmp_path: Path,
+) -> None:
+    server = await serve(tmp_path)
+
+    reply = await asyncio.to_thread(
+        control.halt, tmp_path, "pause", actor="m\udce9", reason="caf\udce9" * 9000
+    )
+
+    assert reply["by"] == "desk"
+    assert reply["reason"].startswith("caf\\udce9")
+    await server.stop()
+
+
+def test_a_halt_without_a_desk_takes_any_reason_too(tmp_path: Path) -> None:
+    control.halt(tmp_path, "pause", actor="m\udce9", reason="caf\udce9")
+
+    assert "caf\\udce9 (by m\\udce9" in (tmp_path / "HALT").read_text()
+
+
+async def test_a_desk_that_takes_no_more_clients_still_halts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signalled: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, _: signalled.append(pid))
+    server = await serve(tmp_path, max_clients=1)
+    _, greedy = await asyncio.open_unix_connection(str(server.path))
+    await asyncio.sleep(0.05)
+
+    reply = await asyncio.to_thread(
+        control.halt, tmp_path, "pause", actor="me", reason="now"
+    )
+
+    assert reply["by"] == "flag file"
+    assert (tmp_path / "HALT").exists()
+    assert signalled == [os.getpid()]
+    greedy.close()
+    await server.stop()
+
+
+async def test_a_mode_that_does_not_exist_is_said_and_halts_nothing(
+    tmp_path: Path,
+) -> None:
+    async def refuse(*_: Any) -> Any:
+        raise CommandError("halt mode is 'x'")
+
+    server = await serve(tmp_path, refuse)
+
+    with pytest.raises(RemoteError):
+        await asyncio.to_thread(control.halt, tmp_path, "x", actor="me", reason="")
+
+    assert not (tmp_path / "HALT").exists()
+    await server.stop()
+
+
+async def test_a_reply_may_hold_bytes_that_are_no_utf_8(tmp_path: Path) -> None:
+    async def odd(*_: Any) -> Any:
+        return {"file": "caf\udce9", "n": 10**40}
+
+    server = await serve(tmp_path, odd)
+
+    assert await ask(tmp_path, "x") == {"file": "caf\udce9", "n": 10**40}
+    await server.stop()
+
+
+async def test_a_reply_that_cannot_be_written_is_an_error_and_no_silence(
+    tmp_path: Path,
+) -> None:
+    async def endless(*_: Any) -> Any:
+        found: list[Any] = []
+        for _ in range(100_000):
+            found = [found]
+        return found
+
+    server = await serve(tmp_path, endless)
+
+    with pytest.raises(RemoteError, match="cannot be written as JSON"):
+        await ask(tmp_path, "x")
+    with pytest.raises(RemoteError, match="cannot be written as JSON"):
+        await ask(tmp_path, "again")
     await server.stop()

@@ -802,3 +802,85 @@ def test_what_a_task_itself_refuses_is_told_at_the_line_of_its_key(
     assert len(found) == 1
     assert found[0].startswith("line 13: ")
     assert "expected more than 0" in found[0]
+
+
+# --- hostile values -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "number", ["NaN", ".nan", "sNaN", "Infinity", "1e999", "1e-999", '"1e999999"']
+)
+@pytest.mark.parametrize(
+    "key", ["total_quantity: 1.000000000000000001", "tick_size: 0.1"]
+)
+def test_a_number_that_would_break_arithmetic_is_named(
+    tmp_path: Path, key: str, number: str
+) -> None:
+    name = key.split(":")[0]
+
+    found = problems(tmp_path, SMALL.replace(key, f"{name}: {number}"))
+
+    assert any(name in problem and "expected a number" in problem for problem in found)
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e999999"])
+def test_such_a_number_is_found_inside_a_mapping_too(
+    tmp_path: Path, number: str
+) -> None:
+    text = SMALL.replace(
+        "type: paper\n", f"type: paper\n    balances: {{USDT: {number}}}\n"
+    )
+
+    assert any("balances" in problem for problem in problems(tmp_path, text))
+
+
+@pytest.mark.parametrize("every", ["1e50s", "1e50", "99999999999d", "nan", "-1"])
+def test_an_interval_that_no_clock_can_count_is_named(
+    tmp_path: Path, every: str
+) -> None:
+    assert "duration" in problems(tmp_path, task(f"every: {every}"))[0]
+
+
+def test_a_whole_number_of_sixty_digits_is_named(tmp_path: Path) -> None:
+    assert "seed" in problems(tmp_path, f"seed: {10**59}\n{SMALL}")[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "/etc", "a b", ".hidden", "a@b", "a\\nb", "x" * 65]
+)
+def test_a_venue_has_a_name_that_can_be_a_directory(tmp_path: Path, name: str) -> None:
+    found = problems(tmp_path, SMALL.replace("name: alpha", f'name: "{name}"'))
+
+    assert "venues[0].name" in found[0]
+
+
+@pytest.mark.parametrize("task_id", ["a\\nb", "a\\0b", "\\e[2J", "x" * 201])
+def test_a_task_has_an_id_that_can_be_kept_and_shown(
+    tmp_path: Path, task_id: str
+) -> None:
+    found = problems(tmp_path, SMALL.replace("id: sell", f'id: "{task_id}"'))
+
+    assert "tasks[0].id" in found[0]
+
+
+@pytest.mark.parametrize("task_id", ["a/../../b", "..", "🧊", "a b", "x" * 200])
+def test_other_ids_are_free(tmp_path: Path, task_id: str) -> None:
+    config = load(tmp_path, SMALL.replace("id: sell", f'id: "{task_id}"'))
+
+    assert config.tasks[0].id == task_id
+
+
+@pytest.mark.parametrize("symbol", ["BTC", "BTC/", "/USDT", "B\\e[2J/USDT", "A/B/C"])
+def test_an_instrument_has_a_base_and_a_quote(tmp_path: Path, symbol: str) -> None:
+    found = problems(
+        tmp_path, SMALL.replace("symbol: BTC/USDT,", f'symbol: "{symbol}",')
+    )
+
+    assert "such as BTC/USDT" in found[0]
+
+
+def test_ten_thousand_mistakes_are_not_all_told(tmp_path: Path) -> None:
+    found = problems(tmp_path, "a: 1\n" * 10_000)
+
+    assert len(found) == 1_001
+    assert found[-1].endswith("and 9000 more.")

@@ -12,13 +12,15 @@ from typing import Any
 import msgspec
 
 from nightdesk.abc import Batch, Clock, Delete, Put, Shelf, Task
-from nightdesk.errors import NightdeskError
+from nightdesk.errors import CapacityError, NightdeskError
 from nightdesk.model.context import TaskContext
 from nightdesk.model.serializer import encode_context
 
 __all__ = ["Checkpoints", "shelf_of"]
 
 _AGAIN_S = 1.0
+_MAX_BYTES = 6 * 1024 * 1024
+"""Of one context: it must pass into the store, and from a background host to the desk, together with others."""
 
 
 def shelf_of(state: str) -> Shelf:
@@ -64,7 +66,12 @@ class Checkpoints:
         body = msgspec.json.encode(context)
         if self._last.get(context.task_id) == body:
             return False
-        self._last[context.task_id] = body
+        if len(body) > _MAX_BYTES:  # here, where its own task hears of it
+            raise CapacityError(
+                f"the context of {context.task_id!r} of {len(body)} bytes",
+                _MAX_BYTES,
+                "it was not saved. Keep large data in a file of its own.",
+            )
         data = encode_context(
             context,
             type=type_name,
@@ -72,6 +79,7 @@ class Checkpoints:
             saved_ns=self._clock.now_ns(),
             epoch=epoch,
         )
+        self._last[context.task_id] = body
         self.put(Put("context", context.task_id, data, shelf_of(context.state)))
         return True
 

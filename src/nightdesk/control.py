@@ -25,12 +25,14 @@ import msgspec
 
 from nightdesk.abc import Clock
 from nightdesk.errors import (
+    CommandError,
     DeskNotRunningError,
     DeskSilentError,
     NightdeskError,
     StateNotWritableError,
 )
 from nightdesk.kernel.loop import Lane, lane
+from nightdesk.telemetry.words import sayable
 
 __all__ = [
     "FLAG_NAME",
@@ -38,6 +40,7 @@ __all__ = [
     "ControlServer",
     "RemoteError",
     "halt",
+    "private_directory",
     "socket_path",
 ]
 
@@ -48,6 +51,8 @@ POINTER_NAME = "control.path"
 FLAG_NAME = "HALT"
 MAX_REQUEST = 1024 * 1024
 MAX_REPLY = 64 * 1024 * 1024
+MAX_ACTOR = 200
+MAX_REASON = 2000
 _REFUSAL_S = 1.0
 _MAX_PATH = 100  # sun_path holds 108 bytes on Linux, 104 on macOS
 _LOOKING = frozenset(
@@ -90,8 +95,12 @@ def _known_path(directory: Path) -> Path:
     return socket_path(directory)
 
 
-def _private_directory(path: Path) -> None:
-    """Make a short socket's directory, and refuse one that somebody else has laid out (in /tmp)."""
+def private_directory(path: Path) -> None:
+    """Make a short socket's directory, and refuse one that somebody else has laid out (in /tmp).
+
+    Raises:
+        StateNotWritableError: It is there and belongs to, or is open to, somebody else.
+    """
     path.mkdir(mode=0o700, exist_ok=True)
     found = path.lstat()
     if (
@@ -181,7 +190,7 @@ class ControlServer:
     def _bind(self) -> socket.socket:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self.path.parent != self._directory.resolve():
-            _private_directory(self.path.parent)
+            private_directory(self.path.parent)
             (self._directory / POINTER_NAME).write_text(f"{self.path}\n")
         else:
             (self._directory / POINTER_NAME).unlink(missing_ok=True)
@@ -297,7 +306,7 @@ class ControlServer:
                 request.get("arguments") or {},
                 request.get("reason") or "",
             )
-            actor = str(request.get("actor") or "unknown")[:200]
+            actor = str(request.get("actor") or "unknown")[:MAX_ACTOR]
             if not (
                 isinstance(verb, str)
                 and isinstance(arguments, dict)
@@ -318,7 +327,7 @@ class ControlServer:
         # Looking may wait; a command must not, so it runs in the desk's own lane.
         with lane(Lane.NORMAL if verb in _LOOKING else Lane.DESK):
             command = asyncio.ensure_future(
-                self._handler(verb, arguments, actor, reason[:2000])
+                self._handler(verb, arguments, actor, reason[:MAX_REASON])
             )
             command.set_name(f"command {verb}"[:60])
         self._commands.add(command)
@@ -346,10 +355,14 @@ def _outcome(request_id: Any, command: asyncio.Task[Any], took_ms: float) -> byt
         return _failure(request_id, "Cancelled", "the desk is stopping", 1)
     error = command.exception()
     if error is None:
-        reply = msgspec.json.encode(
-            {"id": request_id, "result": command.result(), "took_ms": took_ms},
-            enc_hook=str,
-        )
+        outcome = {"id": request_id, "result": command.result(), "took_ms": took_ms}
+        try:
+            reply = _as_json(outcome)
+        except (
+            Exception
+        ) as found:  # it came out of a task's memory, which holds anything
+            text = f"the reply cannot be written as JSON ({type(found).__name__})"
+            return _failure(request_id, "Unprintable", text, 1)
         if len(reply) > MAX_REPLY:
             return _failure(
                 request_id,
@@ -370,7 +383,16 @@ def _outcome(request_id: Any, command: asyncio.Task[Any], took_ms: float) -> byt
 
 def _failure(request_id: Any, kind: str, message: str, exit_code: int) -> bytes:
     error = {"type": kind, "message": message, "exit_code": exit_code}
-    return msgspec.json.encode({"id": request_id, "error": error}) + b"\n"
+    return _as_json({"id": request_id, "error": error}) + b"\n"
+
+
+def _as_json(value: Any) -> bytes:
+    try:
+        return msgspec.json.encode(value, enc_hook=str)
+    except UnicodeEncodeError:
+        # Names of files may hold bytes that are no UTF-8; the standard library can say them.
+        plain = msgspec.to_builtins(value, enc_hook=str, str_keys=True)
+        return json.dumps(plain, default=str).encode()
 
 
 # --- the operator's end ---------------------------------------------------------------------------------
@@ -421,8 +443,8 @@ class ControlClient:
             "id": self._count,
             "verb": verb,
             "arguments": dict(arguments or {}),
-            "actor": actor,
-            "reason": reason,
+            "actor": sayable(actor[:MAX_ACTOR]),
+            "reason": sayable(reason[:MAX_REASON]),
         }
         try:
             connection = self._connect()
@@ -505,7 +527,10 @@ def halt(
                 "halt", {"mode": mode}, actor=actor, reason=reason
             )
             return {**found, "by": "desk"}
-    except (DeskNotRunningError, DeskSilentError, OSError) as error:
+    except (DeskNotRunningError, DeskSilentError, RemoteError, OSError) as error:
+        if isinstance(error, RemoteError) and error.type == CommandError.__name__:
+            raise  # no such mode
+        # Any other refusal (too many clients, a disk that fails) must not keep a desk trading.
         running = not isinstance(error, DeskNotRunningError)
         path = _raise_flag(directory, mode, actor, reason)
         if running and client.pid:
@@ -527,11 +552,11 @@ def _raise_flag(directory: Path, mode: str, actor: str, reason: str) -> Path:
 
     path = directory / FLAG_NAME
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    body = f"{reason} (by {actor}, {at}, asked to {mode})\n"
+    body = f"{sayable(reason[:MAX_REASON])} (by {sayable(actor[:MAX_ACTOR])}, {at}, asked to {mode})\n"
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=directory, prefix=".halt-")
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(body)
             file.flush()
             os.fsync(file.fileno())

@@ -144,7 +144,9 @@ class Roster:
                 schema=kind.schema_version,
             )
             task = kind(context)
-        except (NightdeskError, ValueError) as error:
+        except (
+            Exception
+        ) as error:  # its class may be the user's, and its bytes anything
             await self._quarantine(record, error)
         else:
             await self.add(task, entry, is_saved=True)

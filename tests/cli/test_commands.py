@@ -532,3 +532,54 @@ def test_ctrl_c_ends_quietly(desk: FakeDesk) -> None:
         assert app.run(["status"]) == 130
     finally:
         looking.ask = original
+
+
+# --- hostile words ------------------------------------------------------------------------------------
+
+PAINT = "\x1b[2J\x1b]0;owned\x07\r\x9b31m"
+
+
+@pytest.mark.parametrize(
+    "words", [("tasks",), ("tasks", "show", "x"), ("orders",), ("logs",), ("status",)]
+)
+def test_a_terminal_shows_control_characters_and_does_not_obey_them(
+    desk: FakeDesk, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nightdesk.cli.looking.ask", lambda *_, **__: painted(words[0]))
+
+    _, out, err = call(*words)
+
+    assert "\\x1b[2J" in out
+    assert not {*out, *err} & {"\x1b", "\x07", "\r", "\x9b"}
+
+
+def painted(name: str) -> Any:
+    """Return a reply whose every text tries to take over the terminal."""
+
+    def paint(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: paint(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [paint(each) for each in value]
+        return PAINT if isinstance(value, str) else value
+
+    reply = paint(json.loads(json.dumps(REPLIES[name])))
+    if name == "tasks":
+        reply |= {"task_id": PAINT, "context": {"note": PAINT}, "waits_at": [PAINT]}
+    return reply
+
+
+def test_words_that_a_terminal_does_not_know_are_escaped_and_end_nothing(
+    here: Path,
+) -> None:
+    (here / "desk.yaml").write_text("näme: x\n")
+
+    found = subprocess.run(
+        [sys.executable, "-m", "nightdesk", "check-config"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+
+    assert found.returncode == 2
+    assert b"n\\xe4me" in found.stdout + found.stderr

@@ -133,3 +133,21 @@ def test_the_process_draws_and_ends_with_the_desk(tmp_path: Path) -> None:
     assert process.wait(10) == 0
     assert b"sell-btc" in seen
     os.close(master)
+
+
+def test_what_a_terminal_would_obey_is_shown_instead() -> None:
+    paint = "\x1b[2J\x1b]0;owned\x07\x9b31m"
+    task = {**REPLIES["tasks"]["tasks"][0], "task_id": paint, "why": paint}
+    log = {"at": "", "level": "info", "event": paint, "field": f"a\n{paint}"}
+    replies = {**REPLIES, "tasks": {"tasks": [task]}, "logs": {"logs": [log]}}
+    replies["status"] = {**REPLIES["status"], "name": paint}
+    console = Console(width=200, height=50, force_terminal=True, color_system=None)
+
+    with console.capture() as capture:
+        console.print(frame(picture_of(replies), 200, 50))
+
+    text = capture.get()
+    assert "\\x1b[2J" in text
+    assert not {*text} & {"\x07", "\x9b"}
+    assert "\x1b[2J" not in text
+    assert "\x1b]0" not in text

@@ -267,3 +267,75 @@ def test_colour_is_for_terminals_that_want_it() -> None:
     assert "\x1b[31m" in logs._as_text(record, colour=True)
     assert logs._wants_colour(object()) is False
     assert isinstance(logs._wants_colour(Terminal()), bool)
+
+
+# --- hostile words ------------------------------------------------------------------------------------------
+
+PAINT = "\x1b[2J\x1b]0;owned\x07\r\n2026-01-01 critical forged \x9b31m\u202e"
+
+
+@pytest.mark.parametrize("mode", ["text", "json", "quiet"])
+def test_no_line_ends_the_log(
+    tmp_path: Path, clock: StillClock, mode: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Speechless:
+        def __str__(self) -> str:
+            raise RuntimeError("no words")
+
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    log = configured(tmp_path, clock)
+    logs.set_console(mode)
+
+    log.error("bytes \udcff", path="\ud800", nested={"\udcff": ["\udcff"]})
+    log.error("objects", odd=Speechless(), deep=deep, big=10**40, nan=float("nan"))
+    log.error("after")
+
+    assert [line["event"] for line in lines(tmp_path)] == [
+        "bytes \\udcff",
+        "objects",
+        "after",
+    ]
+    out, err = capsys.readouterr()
+    assert "after" in out + err
+    assert "cannot be written" not in err
+
+
+def test_a_terminal_shows_control_characters_and_does_not_obey_them(
+    tmp_path: Path, clock: StillClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = configured(tmp_path, clock)
+    logs.set_console("text")
+
+    log.error(f"event {PAINT}", task=PAINT, exception=f"Traceback\n  {PAINT}")
+
+    logs.flush_logs()
+    out = capsys.readouterr().out
+    assert not {*out} & {"\x1b", "\x07", "\r", "\x9b", "\u202e"}
+    assert not [each for each in out.splitlines() if each.startswith("2026-01-01 c")][
+        1:
+    ]
+    assert "event \\x1b[2J" in out.splitlines()[0]
+
+
+def test_secrets_inside_of_large_and_nested_values_are_hidden(
+    tmp_path: Path, clock: StillClock
+) -> None:
+    log = configured(tmp_path, clock)
+    logs.hide(['cut"throat'])
+
+    log.info(
+        "request",
+        headers={"api_key": "abcdef", "list": [{"Password": 1}]},
+        large=['cut"throat', "x" * 9_000],
+        short=['cut"throat'],
+    )
+
+    text = (logs.flush_logs(), (tmp_path / "log.jsonl").read_text())[1]
+    assert "abcdef" not in text
+    assert "throat" not in text
+    assert lines(tmp_path)[0]["headers"] == {
+        "api_key": "***",
+        "list": [{"Password": "***"}],
+    }

@@ -15,7 +15,7 @@ from cyclopts.exceptions import CycloptsError, UnusedCliTokensError
 
 from nightdesk import __version__
 from nightdesk.cli.commands import COMMANDS, LATER
-from nightdesk.cli.output import complain, guarded
+from nightdesk.cli.output import complain, guarded, say_anything
 from nightdesk.errors import NightdeskError
 
 __all__ = ["build", "run"]
@@ -52,6 +52,7 @@ def build() -> App:
 
 def run(words: Sequence[str]) -> int:
     """Carry out one command line; never raises."""
+    say_anything()
     words = _with_default(list(words))
     debug = "debug" in words or os.environ.get("NIGHTDESK__LOG_LEVEL") == "debug"
     if words[0] in LATER:
@@ -140,7 +141,9 @@ def _crash_report(words: list[str]) -> str:
                 descriptor = os.open(
                     directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600
                 )
-                with os.fdopen(descriptor, "w") as file:
+                with os.fdopen(
+                    descriptor, "w", encoding="utf-8", errors="backslashreplace"
+                ) as file:
                     file.write(text)
                 return str(directory / name)
         except OSError:

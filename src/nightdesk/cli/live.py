@@ -22,10 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from nightdesk.cli.looking import duration, switch_count, why
-from nightdesk.cli.output import clock, note, number, us
+from nightdesk.cli.output import clock, note, number, say_anything, us
 from nightdesk.control import ControlClient, RemoteError
 from nightdesk.errors import DeskNotRunningError, DeskSilentError
 from nightdesk.telemetry.health import judge
+from nightdesk.telemetry.words import visible
 
 __all__ = ["Picture", "frame", "main"]
 
@@ -103,7 +104,7 @@ def frame(picture: Picture, width: int, height: int) -> RenderableType:
     """Return everything that fits into the terminal, the most important first."""
     status = picture.replies.get("status")
     if status is None:
-        return Text(picture.trouble or "waiting for the desk ...", style="dim")
+        return Text(visible(picture.trouble) or "waiting for the desk ...", style="dim")
     head = _head(status, picture.trouble, width)
     room = max(4, height - len(head) - 1)
     sections = [section for section in _sections(picture, width) if section[1]]
@@ -126,7 +127,7 @@ def _head(status: Reply, trouble: str, width: int) -> list[Text]:
     )
     money = "LIVE MONEY" if status.get("live") else "paper"
     first = Text.assemble(
-        (f" {status.get('name')} ", "bold reverse"),
+        (visible(f" {status.get('name')} "), "bold reverse"),
         f" {money}  ",
         (f"{health.level}  ", _LEVEL_STYLES[health.level]),
         (
@@ -144,9 +145,11 @@ def _head(status: Reply, trouble: str, width: int) -> list[Text]:
         ("  p99.9 ", "dim"), us(switch.get("p999_us")),
     )  # fmt: skip
     lines = [first, second]
-    lines += [Text(f" ! {reason}", style="yellow") for reason in health.reasons[:3]]
+    lines += [
+        Text(visible(f" ! {reason}"), style="yellow") for reason in health.reasons[:3]
+    ]
     if trouble:
-        lines.append(Text(f" ! {trouble}", style="bold red"))
+        lines.append(Text(visible(f" ! {trouble}"), style="bold red"))
     for line in lines:
         line.truncate(width, overflow="ellipsis")
     return lines
@@ -321,7 +324,7 @@ def _grid(
         room -= 1
         hidden += 1
     for row, style in list(zip(rows, styles, strict=True))[: max(room, 0)]:
-        shown.add_row(*map(Text, row), style=style)
+        shown.add_row(*(Text(visible(cell)) for cell in row), style=style)
     if hidden > 0:
         shown.add_row(Text(f"... {hidden} more"), style="dim")
     return shown
@@ -342,6 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         picture = Picture(
             lambda verb, arguments: client.ask(verb, arguments, actor="live view")
         )
+        say_anything()
         console = Console(highlight=False)
         with (
             contextlib.suppress(OSError),

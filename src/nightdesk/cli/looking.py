@@ -11,6 +11,7 @@ from cyclopts import Parameter, validators
 
 from nightdesk.cli.connection import Target, ask, state_directory
 from nightdesk.cli.output import clock, instant, number, pairs, print_json, table, us
+from nightdesk.telemetry.words import visible
 
 __all__ = [
     "duration",
@@ -46,7 +47,7 @@ def status(*, target: Target = _HERE) -> int:
     health = judge(reply)
     pairs(_headline(reply, health.level))
     for reason in health.reasons:
-        print(f"  ! {reason}")
+        print(visible(f"  ! {reason}"))
     offenders = reply.get("offenders") or []
     if offenders:
         print("\nOffenders")
@@ -203,7 +204,7 @@ def _section(heading: str, lines: list[str]) -> None:
     if lines:
         print(f"\n{heading}")
     for line in lines:
-        print(f"  {line}")
+        print(visible(f"  {line}"))
 
 
 _ORDER_HEADINGS = (
@@ -411,9 +412,11 @@ def logs(
         return 0
     for entry in reply["logs"]:
         head = f"{clock(entry.pop('at', ''))} {entry.pop('level', ''):<8} {entry.pop('event', '')}"
-        print(
-            f"{head}  {' '.join(f'{key}={value}' for key, value in entry.items())}".rstrip()
-        )
+        trouble = entry.pop("exception", None) or entry.pop("traceback", None)
+        rest = " ".join(f"{key}={value}" for key, value in entry.items())
+        print(visible(f"{head}  {rest}".rstrip()))
+        if trouble:
+            print(visible(str(trouble), keep="\n\t"))
     return 0
 
 

@@ -7,9 +7,12 @@ Goes to: cli/
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from nightdesk.telemetry.words import visible
 
 __all__ = [
     "clock",
@@ -19,9 +22,20 @@ __all__ = [
     "note",
     "number",
     "print_json",
+    "say_anything",
     "table",
     "us",
 ]
+
+_LINES = "\n\t"
+_CONTROLS = re.compile("[\x7f-\x9f]")  # JSON escapes the others itself
+
+
+def say_anything() -> None:
+    """Let no character that this terminal does not know end a command; it is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager
@@ -39,18 +53,19 @@ def guarded() -> Iterator[None]:
 def complain(text: str) -> None:
     """Say on standard error why a command failed."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"nightdesk: {text}", file=sys.stderr)
+        print(f"nightdesk: {visible(text, keep=_LINES)}", file=sys.stderr)
 
 
 def note(text: str) -> None:
     """Say on standard error what an operator should know, though nothing failed."""
     with contextlib.suppress(OSError, ValueError):
-        print(f"note: {text}", file=sys.stderr)
+        print(f"note: {visible(text, keep=_LINES)}", file=sys.stderr)
 
 
 def print_json(value: Any) -> None:
     """Print one JSON document."""
-    print(json.dumps(value, indent=2, default=str, ensure_ascii=False))
+    text = json.dumps(value, indent=2, default=str, ensure_ascii=False)
+    print(_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
 
 def table(rows: Iterable[Sequence[Any]], headings: Sequence[str], empty: str) -> None:
@@ -58,7 +73,9 @@ def table(rows: Iterable[Sequence[Any]], headings: Sequence[str], empty: str) ->
 
     A terminal gets colours and as many columns as fit; a pipe gets whole values.
     """
-    lines = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    lines = [
+        ["" if cell is None else visible(str(cell)) for cell in row] for row in rows
+    ]
     if not lines:
         print(empty)
         return
@@ -92,7 +109,7 @@ def pairs(facts: Mapping[str, Any]) -> None:
     """Print facts below each other."""
     width = max((len(name) for name in facts), default=0) + 2
     for name, value in facts.items():
-        print(f"{name:<{width}}{value}")
+        print(visible(f"{name:<{width}}{value}"))
 
 
 def number(value: Any, digits: int = 8) -> str:

@@ -176,7 +176,7 @@ async def live_view(desk: "TradingDesk") -> None:
 
 
 def _open_view(directory: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "nightdesk.cli.live", str(directory)]
+    command = [sys.executable, "-P", "-m", "nightdesk.cli.live", str(directory)]
     logs.flush_logs()
     logs.set_console("off")
     # In a session of its own, so that Ctrl-C is the desk's alone.

@@ -18,6 +18,7 @@ import msgspec
 
 from nightdesk.abc import Clock, Venue
 from nightdesk.config import Config, VenueConfig
+from nightdesk.control import private_directory
 from nightdesk.errors import CommandError, ConfigError, QueryFailedError
 from nightdesk.exchange.options import (
     ProcessConfig,
@@ -98,7 +99,13 @@ def socket_path(directory: Path) -> Path:
     if len(os.fsencode(path)) <= _MAX_SOCKET_PATH:
         return path
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"nightdesk-{os.getuid()}-{digest}.sock"
+    return Path(tempfile.gettempdir()) / f"nightdesk-{os.getuid()}" / f"{digest}.sock"
+
+
+def _keep_private(path: Path, directory: Path) -> None:
+    """Whoever could listen there in the venue's stead would tell this desk its fills."""
+    if path.parent != directory.resolve():
+        private_directory(path.parent)
 
 
 async def ensure_paper_process(
@@ -107,9 +114,11 @@ async def ensure_paper_process(
     """Return the socket of the venue's process, which is started if nobody answers there.
 
     Raises:
+        StateNotWritableError: The place of its socket belongs to somebody else.
         CommandError: It ended again, or did not answer in time; with the end of its log.
     """
     path = socket_path(directory)
+    _keep_private(path, directory)
     if await _answers(entry.name, path):
         return path
     process = await asyncio.to_thread(_spawn, entry, directory, path, seed)
@@ -192,6 +201,7 @@ def _spawn(
         stream.write(content)
     command = [
         sys.executable,
+        "-P",  # a file of the working directory must not pass for a library
         "-m",
         "nightdesk.exchange.paper_process",
         "--config",

@@ -516,7 +516,7 @@ class Channel:
         self._parsed += length
         try:
             frame = _decode_frame(bytes(self._incoming[start : self._parsed]))
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, RecursionError):
             self._end(forget=True)
             return False
         self._on_frame(frame)

@@ -62,6 +62,10 @@ _OTHER_NAMES = {
     "order_status_sync": "order_sync",
 }
 _MOST_COPIES = 100_000
+_PART_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"
+"""Names of venues become directories and parts of keys."""
+_MAX_ID = 200
+_SYMBOL = r"[!-.0-?A-{}~]{1,40}/[!-.0-?A-{}~]{1,60}"
 _QUOTES = ("USDT", "USDC", "BUSD", "FDUSD", "USD", "EUR", "BTC", "ETH")
 
 
@@ -120,6 +124,11 @@ class _ConfigChecker(Checker):
                 self.missing(path, "type", f"one of {', '.join(catalog(kind))}", item)
                 continue
             name = name or type_name
+            if not re.fullmatch(_PART_NAME, name):
+                self.wrong(
+                    (*path, "name"), name, "at most 64 letters, digits, . - or _"
+                )
+                continue
             if name in found:
                 self.problems.add(
                     self.tree.place(path),
@@ -149,9 +158,21 @@ class _ConfigChecker(Checker):
         here = self.given(raw, known, path, ("name", "type"), open_ended)
         there = self.given(nested, known, (*path, "options"), (), open_ended)
         self.required(known, {**raw, **nested}, path)
+        if kind == "venue":
+            self._symbols({**raw, **nested}.get("instruments"), path)
         if kind == "venue" and "feeds" in raw:
             self._feeds(raw["feeds"], (*path, "feeds"))
         return {**here, **there}
+
+    def _symbols(self, instruments: Any, path: Key) -> None:
+        """A name that is no pair of words would fail where its base or quote asset is asked for."""
+        for index, each in enumerate(
+            instruments if isinstance(instruments, list) else ()
+        ):
+            symbol = each.get("symbol") if isinstance(each, Mapping) else None
+            if isinstance(symbol, str) and not re.fullmatch(_SYMBOL, symbol):
+                here = (*path, "instruments", index, "symbol")
+                self.wrong(here, symbol, "a base and a quote, such as BTC/USDT")
 
     # --- tasks ----------------------------------------------------------------------------------------
 
@@ -174,6 +195,11 @@ class _ConfigChecker(Checker):
                 )
                 continue
             counts[type_name] = counts.get(type_name, 0) + 1
+            given_id = self.text(item, "id", path)
+            if given_id and not (len(given_id) <= _MAX_ID and given_id.isprintable()):
+                words = f"at most {_MAX_ID} printable characters"
+                self.wrong((*path, "id"), given_id, words)
+                continue
             default_id = (
                 type_name
                 if counts[type_name] == 1
@@ -182,7 +208,7 @@ class _ConfigChecker(Checker):
             entry = self._task(
                 item,
                 path,
-                self.text(item, "id", path) or default_id,
+                given_id or default_id,
                 type_name,
                 defaults,
                 venues,

@@ -6,7 +6,7 @@ Goes to: config.py
 
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from enum import Enum
 from pathlib import Path
@@ -23,6 +23,8 @@ _DURATION = re.compile(
     r"\s*([0-9]*\.?[0-9]+)\s*(us|ms|s|sec|m|min|h|d)\s*\Z", re.IGNORECASE
 )
 _LISTS = (tuple, list, frozenset, set, Sequence)
+_LARGEST = Decimal("1e60")
+_MOST_SECONDS = 100 * 366 * 86_400
 _UNITS = {
     "us": "0.000001",
     "ms": "0.001",
@@ -147,9 +149,18 @@ def _member(value: str, hint: Any) -> str:
 
 
 def _is_sane(result: Any, key: str) -> bool:
-    """Numbers are finite, and no duration is negative."""
+    """Numbers are of a size that arithmetic, clocks and formats can bear, also inside lists and mappings."""
+    if isinstance(result, Mapping):
+        return all(_is_sane(value, key) for value in result.values())
+    if isinstance(result, (list, tuple, set, frozenset)):
+        return all(_is_sane(value, key) for value in result)
     if isinstance(result, bool) or not isinstance(result, (int, float, Decimal)):
         return True
-    if not (Decimal("-1e60") < Decimal(result) < Decimal("1e60")):
+    if isinstance(result, int) and not -(2**63) <= result < 2**63:
         return False
-    return result >= 0 or not key.endswith("_s")
+    number = Decimal(result)
+    if not number.is_finite() or not (
+        not number or 1 / _LARGEST < abs(number) < _LARGEST
+    ):
+        return False
+    return 0 <= result <= _MOST_SECONDS or not key.endswith("_s")

@@ -14,6 +14,7 @@ from nightdesk.errors import ConfigError
 __all__ = ["Key", "Place", "Problems", "RawText", "Tree", "path_text", "plain_scalar"]
 
 MAX_DIGITS = 100
+_MOST_PROBLEMS = 1_000
 
 Key = tuple[str | int, ...]
 
@@ -44,11 +45,10 @@ class Problems:
 
     def __init__(self, origin: str) -> None:
         self.origin = origin
-        self._found: list[tuple[Place, str]] = []
+        self._found: dict[tuple[Place, str], None] = {}
 
     def add(self, place: Place, text: str) -> None:
-        if (place, text) not in self._found:
-            self._found.append((place, text))
+        self._found[place, text] = None
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -57,12 +57,17 @@ class Problems:
         return len(self._found)
 
     def lines(self) -> list[str]:
-        """Return one line per problem, each beginning with its place."""
+        """Return one line per problem, each beginning with its place; the first thousand will do."""
         ordered = sorted(
             self._found,
             key=lambda item: (item[0].origin != self.origin, item[0].line or 0),
         )
-        return [f"{place.origin}: {_at(place)}{text}" for place, text in ordered]
+        lines = [
+            f"{place.origin}: {_at(place)}{text}"
+            for place, text in ordered[:_MOST_PROBLEMS]
+        ]
+        hidden = len(ordered) - len(lines)
+        return [*lines, f"{self.origin}: and {hidden} more."] if hidden else lines
 
     def error(self) -> ConfigError:
         """Return them as one exception."""

@@ -4,6 +4,7 @@ The bytes are one JSON object: `_meta` first, then the fields of the context, th
 earlier reader did not know. Decimals are strings, so no digit is lost.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -90,10 +91,15 @@ def encode_context(
     }
     for name in context.__struct_fields__:
         if name != "unknown":
-            record[name] = getattr(context, name)
+            record[name] = _writable(getattr(context, name))
     for name, value in context.unknown.items():
         record.setdefault(name, value)
     return _encoder.encode(record)
+
+
+def _writable(value: Any) -> Any:
+    """JSON knows no infinity: it would be written as null, and the whole context could not be read again."""
+    return str(value) if type(value) is float and not math.isfinite(value) else value
 
 
 def decode_context(

@@ -28,6 +28,7 @@ import msgspec
 
 from nightdesk.abc import Clock
 from nightdesk.telemetry._structlog import structlog
+from nightdesk.telemetry.words import sayable, visible
 
 __all__ = [
     "LogSettings",
@@ -148,28 +149,45 @@ class _Logs:
     def _cleaned(self, entry: Entry) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in entry.items():
-            if any(word in key.lower() for word in _SECRET_KEYS):
-                found[key] = "***"
+            if _is_secret(key):
+                found[sayable(key)] = "***"
             elif isinstance(value, (int, float, bool)) or value is None:
                 found[key] = value
             elif isinstance(value, str):
                 found[key] = self._without_secrets(value)[:_TEXT_LIMIT]
             else:
-                found[key] = self._plain(value)
+                found[sayable(key)] = self._plain(value)
         return found
 
     def _plain(self, value: Any) -> Any:
         try:
-            text = msgspec.json.encode(value, enc_hook=str).decode()
-        except (TypeError, ValueError, RecursionError):
-            text = msgspec.json.encode(str(value)).decode()
-        return (
-            msgspec.json.decode(self._without_secrets(text))
-            if len(text) <= _TEXT_LIMIT
-            else text[:_TEXT_LIMIT]
-        )
+            plain = self._masked(
+                msgspec.to_builtins(value, enc_hook=str, str_keys=True)
+            )
+            text = msgspec.json.encode(plain).decode()
+        except (
+            Exception
+        ):  # whatever a task logs, and however it fails to describe itself
+            try:
+                return self._without_secrets(str(value))[:_TEXT_LIMIT]
+            except Exception:
+                return f"({type(value).__name__})"
+        return plain if len(text) <= _TEXT_LIMIT else text[:_TEXT_LIMIT]
+
+    def _masked(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._without_secrets(value)
+        if isinstance(value, dict):
+            return {
+                sayable(key): "***" if _is_secret(key) else self._masked(each)
+                for key, each in value.items()
+            }
+        if isinstance(value, (list, tuple)):
+            return [self._masked(each) for each in value]
+        return value
 
     def _without_secrets(self, text: str) -> str:
+        text = sayable(text)
         for secret in self.hidden:
             if secret in text:
                 text = text.replace(secret, "***")
@@ -270,10 +288,17 @@ class _ConsoleHandler(logging.Handler):
             else _as_text(record, _wants_colour(stream))
         )
         try:
-            stream.write(line + "\n")
+            try:
+                stream.write(line + "\n")
+            except UnicodeEncodeError:  # a terminal that knows no UTF-8
+                stream.write(ascii(line)[1:-1] + "\n")
             stream.flush()
         except (OSError, ValueError):
             self._logs.console = "off"
+
+
+def _is_secret(key: str) -> bool:
+    return any(word in key.lower() for word in _SECRET_KEYS)
 
 
 def _as_json(record: logging.LogRecord) -> str:
@@ -283,7 +308,8 @@ def _as_json(record: logging.LogRecord) -> str:
 def _as_text(record: logging.LogRecord, colour: bool) -> str:
     entry = dict(cast(Mapping[str, Any], record.msg))
     when = str(entry.pop("at", ""))[11:23]
-    level, text = str(entry.pop("level", "")), str(entry.pop("event", ""))
+    level = str(entry.pop("level", ""))
+    text = visible(str(entry.pop("event", "")))
     trouble = entry.pop("exception", None)
     rest = " ".join(f"{key}={_word(value)}" for key, value in entry.items())
     head = f"{when} {level:<8} {text}"
@@ -291,12 +317,15 @@ def _as_text(record: logging.LogRecord, colour: bool) -> str:
         head = f"\x1b[2m{when}\x1b[0m \x1b[{_COLOURS.get(level, '0')}m{level:<8}\x1b[0m {text}"
         rest = f"\x1b[2m{rest}\x1b[0m" if rest else ""
     line = f"{head}  {rest}".rstrip()
-    return f"{line}\n{trouble}" if trouble else line
+    if not trouble:
+        return line
+    return line + "\n" + visible(str(trouble), keep="\n\t")
 
 
 def _word(value: Any) -> str:
     text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-    return text if text and not any(c.isspace() for c in text) else repr(text)
+    is_word = text and text.isprintable() and not any(c.isspace() for c in text)
+    return text if is_word else repr(text)
 
 
 def _wants_colour(stream: Any) -> bool:

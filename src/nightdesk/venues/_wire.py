@@ -101,7 +101,15 @@ def encode(message: Message) -> bytes:
 
 
 def decode(frame: bytes) -> Message:
-    message: Message = _decoder.decode(frame)
+    """Return the message of one frame.
+
+    Raises:
+        msgspec.MsgspecError, ValueError: It is none.
+    """
+    try:
+        message: Message = _decoder.decode(frame)
+    except RecursionError:
+        raise ValueError("a message is nested too deeply") from None
     return message
 
 

@@ -699,6 +699,15 @@ async def test_a_function_face_gets_the_handle_only_if_it_asks() -> None:
     assert seen == ["plain", ("desk", "B"), "C", "desk"]
 
 
+@pytest.mark.parametrize("name", ["every", "timeout"])
+@pytest.mark.parametrize("value", ["0", "1e-999", "NaN", "1e999999", 10**400, "-1"])
+def test_an_operator_cannot_adjust_to_a_time_that_makes_no_sense(
+    name: str, value: Any
+) -> None:
+    with pytest.raises(CommandError):
+        loading.adjustments({name: value})
+
+
 def test_adjustments_are_read_like_the_file() -> None:
     found = loading.adjustments({"every": "2m", "priority": "MEDIUM", "timeout": "20s"})
 
@@ -808,7 +817,17 @@ def test_what_a_task_itself_refuses_is_told_at_the_line_of_its_key(
 
 
 @pytest.mark.parametrize(
-    "number", ["NaN", ".nan", "sNaN", "Infinity", "1e999", "1e-999", '"1e999999"']
+    "number",
+    [
+        "NaN",
+        ".nan",
+        "sNaN",
+        "Infinity",
+        "1e999",
+        "1e-999",
+        '"1e999999"',
+        '"1e99999999"',
+    ],
 )
 @pytest.mark.parametrize(
     "key", ["total_quantity: 1.000000000000000001", "tick_size: 0.1"]

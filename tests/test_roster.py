@@ -8,8 +8,11 @@ import pytest
 
 from fakes.desks import config, iceberg, market, play, venue
 from nightdesk import loading
+from nightdesk.abc import Put
 from nightdesk.config import Config, TaskEntry
 from nightdesk.desk import TradingDesk
+from nightdesk.errors import CommandError
+from nightdesk.model.serializer import encode_context
 
 
 def gaps(tmp_path: Path) -> Config:
@@ -106,3 +109,43 @@ def test_a_new_task_of_a_removed_ones_id_executes_its_own_total(tmp_path: Path) 
 
     assert executed == Decimal("0.5")
     assert any("nobody looks after its orders" in text for text in alerts)
+
+
+@pytest.mark.parametrize("task_id", ["", "a\nb", "a\0b", "caf\udce9", "x" * 211])
+def test_a_task_whose_id_cannot_be_kept_is_refused(
+    tmp_path: Path, task_id: str
+) -> None:
+    async def story(desk: TradingDesk) -> None:
+        kind = loading.load_task("iceberg", desk.config)
+        entry = iceberg(task_id)
+        with pytest.raises(CommandError, match="cannot be the id"):
+            await desk.roster.add(loading.make_task(kind, entry, desk.config), entry)
+        with pytest.raises(CommandError, match="cannot be the id"):
+            desk.roster.add_function(entry, story)
+
+    play(config(tmp_path, iceberg()), story)
+
+
+@pytest.mark.parametrize("number", ["NaN", "sNaN", "-1"])
+def test_a_saved_context_that_breaks_its_task_is_set_aside_and_the_others_run(
+    tmp_path: Path, number: str
+) -> None:
+    async def leave(desk: TradingDesk) -> None:
+        kind = loading.load_task("iceberg", desk.config)
+        good = loading.make_task(kind, iceberg("bad"), desk.config).context
+        data = encode_context(good, type="iceberg", schema=1, saved_ns=1)
+        hostile = data.replace(
+            b'"total_quantity":"0.5"', b'"total_quantity":"%s"' % number.encode()
+        )
+        assert hostile != data
+        await desk.store.save([Put("context", "bad", hostile)])
+
+    async def story(desk: TradingDesk) -> tuple[list[str], list[str]]:
+        found = await desk.store.load("quarantine")
+        return [record.key for record in found], list(desk.roster.local)
+
+    play(config(tmp_path, iceberg()), leave)
+    kept, running = play(config(tmp_path, iceberg(), iceberg("bad")), story)
+
+    assert kept == ["bad"]
+    assert running == ["sell"]

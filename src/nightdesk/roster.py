@@ -16,7 +16,12 @@ import msgspec
 from nightdesk import loading
 from nightdesk.abc import Delete, OpportunityHandler, Put, Record, Task
 from nightdesk.config import TaskEntry
-from nightdesk.errors import DuplicateTaskError, NightdeskError, UnknownTaskError
+from nightdesk.errors import (
+    CommandError,
+    DuplicateTaskError,
+    NightdeskError,
+    UnknownTaskError,
+)
 from nightdesk.handle import LocalDesk
 from nightdesk.kernel.runner import DONE, Registration
 from nightdesk.model.context import FINAL_STATES
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalTask", "Roster"]
 
+_MAX_ID = 210  # as in desk.yaml, and the number of a copy
 _HISTORY = 50
 _KEPT = ("paused", "stopped", "quarantined")
 Recover = Callable[[Record, str], Awaitable[Task[Any] | None]]
@@ -205,8 +211,10 @@ class Roster:
 
         Raises:
             DuplicateTaskError: The id is taken.
+            CommandError: It cannot be an id.
         """
         desk = self._desk
+        _check_id(entry.id)
         if self.knows(entry.id):
             raise DuplicateTaskError(entry.id)
         if task.context.task_id != entry.id:
@@ -238,7 +246,9 @@ class Roster:
 
         Raises:
             DuplicateTaskError: The id is taken.
+            CommandError: It cannot be an id.
         """
+        _check_id(entry.id)
         handle = LocalDesk(self._desk, entry.id, lambda: None)
         self._register(
             entry,
@@ -518,6 +528,14 @@ class Roster:
         except Exception as error:
             self._desk.on_task_failed(local.id, error, "ignored: it is being stopped")
         self._checkpoint(local)
+
+
+def _check_id(task_id: str) -> None:
+    """An id that no store takes as a key would take the contexts of other tasks with it when they are saved."""
+    if not (0 < len(task_id) <= _MAX_ID and task_id.isprintable()):
+        raise CommandError(
+            f"{task_id[:60]!a} cannot be the id of a task: expected 1 to {_MAX_ID} printable characters"
+        )
 
 
 def _in_order(entries: list[TaskEntry]) -> list[TaskEntry]:

@@ -25,6 +25,7 @@ from nightdesk.errors import (
     ConfigError,
     OutcomeUnknownError,
     QueryFailedError,
+    StateNotWritableError,
     UnknownTypeError,
     VenueRejectedError,
 )
@@ -39,7 +40,13 @@ from nightdesk.exchange.paper_process import main
 from nightdesk.exchange.server import PaperServer
 from nightdesk.kernel.clock import SystemClock
 from nightdesk.market.matching import MatchingEngine
-from nightdesk.model.events import Event, FeedStalled, OrderFilled, QuoteChanged
+from nightdesk.model.events import (
+    BookChanged,
+    Event,
+    FeedStalled,
+    OrderFilled,
+    QuoteChanged,
+)
 from nightdesk.model.order import Side
 from nightdesk.sources.simulated import SimulatedSource
 from nightdesk.venues import _wire
@@ -557,3 +564,108 @@ async def test_a_process_that_could_not_be_started_at_first_is_tried_again(
         while tries < 2:  # noqa: ASYNC110 - what is counted lies outside any event
             await asyncio.sleep(0.01)
     await venue.stop()
+
+
+# --- hostile ends of the line -----------------------------------------------------------------------------
+
+
+def _frame(body: bytes) -> bytes:
+    return len(body).to_bytes(4, "big") + body
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _frame(b"\x91" * 200_000 + b"\xc0"),
+        _frame(b"\x82\xa4type\xa5reply\xa4body" + b"\x91" * 200_000 + b"\xc0"),
+        _frame(b""),
+        _frame(b"\x83\xa4type\xa5reply\xa2id\x01\xa4body\x81\xa1a\xc3"),
+        (2**31).to_bytes(4, "big"),
+        b"\xff" * 5_000,
+        random.Random(1).randbytes(5_000),
+    ],
+    ids=["deep", "deep body", "empty", "wrong body", "huge", "ones", "noise"],
+)
+async def test_a_venue_that_speaks_nonsense_is_called_again(
+    home: Path, data: bytes
+) -> None:
+    calls = 0
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal calls
+        calls += 1
+        writer.write(data)
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_unix_server(talk, str(home / "s"))
+    venue = PaperRemoteVenue("A", instruments=[], socket=home / "s", timeout_s=0.2)
+    await venue.start(lambda _: None, SystemClock(), random.Random(1))
+
+    with pytest.raises(QueryFailedError):
+        await venue.venue_time_ns()
+    async with asyncio.timeout(5):
+        while calls < 3:  # noqa: ASYNC110 - the other side is a socket away
+            await asyncio.sleep(0.01)
+
+    await venue.stop()
+    server.close()
+
+
+@pytest.mark.parametrize("number", ["NaN", "sNaN", "Infinity", "1e999999", "1e-999999"])
+async def test_an_order_of_an_odd_number_gets_an_answer(
+    home: Path, number: str
+) -> None:
+    async with house_in(home) as house:
+        for odd in (order("a", BUY, number, "99.0"), order("b", BUY, "1", number)):
+            with pytest.raises((VenueRejectedError, OutcomeUnknownError)) as caught:
+                await house.remote.submit(odd)
+            assert "no reply" not in str(caught.value)
+        assert await house.remote.submit(order("c", BUY, "0.5")) == "1"
+
+
+async def test_many_whole_books_go_in_more_than_one_frame(home: Path) -> None:
+    levels = [(D(price), D("1.12345678")) for price in range(1, 8_001)]
+    async with house_in(home) as house:
+        for number in range(150):
+            house.feed.emit(
+                BookChanged(
+                    symbol=SYMBOL,
+                    venue="A",
+                    bids=levels,
+                    asks=[],
+                    first_sequence=number,
+                    last_sequence=number,
+                    is_snapshot=True,
+                )
+            )
+        await house.until(
+            lambda: sum(isinstance(e, BookChanged) for e in house.events) == 150, 20.0
+        )
+        assert house.remote.reconnects == 0
+
+
+async def test_a_socket_outside_of_its_directory_lies_in_a_private_one(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(home))
+    shared = home / f"nightdesk-{os.getuid()}"
+    shared.mkdir()
+    shared.chmod(0o777)
+
+    with pytest.raises(StateNotWritableError, match="not a private directory"):
+        await ensure_paper_process(
+            VenueConfig(name="A", type="paper"), home / ("d" * 120)
+        )
+
+
+async def test_a_file_where_the_desk_was_started_does_not_pass_for_a_library(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "msgspec.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(home)
+    entry = VenueConfig(name="A", type="paper", options={"instruments": [FACTS]})
+
+    socket = await ensure_paper_process(entry, home / "A")
+
+    assert await stop_paper_process("A", socket)

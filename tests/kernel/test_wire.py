@@ -103,7 +103,15 @@ async def test_what_was_sent_before_a_death_is_still_handed_over(sockets: Any) -
     end.channel.send(Hello(10))
 
 
-@pytest.mark.parametrize("noise", [b"\xff\xff\xff\xff", b"\x00\x00\x00\x02\xc1\xc1"])
+@pytest.mark.parametrize(
+    "noise",
+    [
+        b"\xff\xff\xff\xff",
+        b"\x00\x00\x00\x02\xc1\xc1",
+        (100_001).to_bytes(4, "big") + b"\x91" * 100_000 + b"\xc0",
+    ],
+    ids=["huge", "none", "deep"],
+)
 async def test_noise_ends_the_line(noise: bytes, sockets: Any) -> None:
     end = End(sockets[1])
 

@@ -1,5 +1,6 @@
 """The gate: T-24, T-25, and limits that hold under concurrency."""
 
+import os
 import random
 from decimal import Decimal
 from pathlib import Path
@@ -498,6 +499,25 @@ async def test_a_halt_holds_even_if_it_cannot_be_saved() -> None:
     assert any(
         "a restart would not know" in text for _, _, text in desk.listener.alerts
     )
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "large", "noise"])
+async def test_s14_whatever_lies_in_place_of_the_flag_file_halts_at_once(
+    tmp_path: Path, kind: str
+) -> None:
+    desk = Desk()
+    flag = tmp_path / "HALT"
+    if kind == "pipe":
+        os.mkfifo(flag)
+    elif kind == "directory":
+        flag.mkdir()
+    else:
+        flag.write_bytes(b"x" * 9_000_000 if kind == "large" else b"\xff\x00" * 50)
+
+    await desk.gate.check_flag_file(flag)
+
+    assert desk.gate.state == "HALTED"
+    assert len(desk.gate.describe()["reason"]) < 500
 
 
 async def test_s14_the_flag_file_halts_until_it_is_gone(tmp_path: Path) -> None:

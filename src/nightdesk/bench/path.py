@@ -42,6 +42,7 @@ CONTENDERS = ("nightdesk", "uvloop")
 _WARM_UP = 200
 _SPACING_S = (0.001, 0.004)
 _SETTLE_S = 1.0
+_DISK_EVERY = 10
 _PARTS = "nightdesk.bench._path_parts"
 
 
@@ -63,21 +64,28 @@ def run(
     Returns:
         `loads[load][contender]` with figures in microseconds from the send of the event: `left_us` until the
         request was handed to the socket, `arrived_us` until the venue had it, `lost`; `stages_us`, the
-        medians of the desk's stages; `bars`.
+        medians of the desk's stages; `disk_us`, what one append of 4 KiB and its fdatasync took in between,
+        which is the part of the way that no program can shorten; `bars`.
     """
-    quiet, results, stages = [], {}, {}
+    quiet: list[dict[str, float]] = []
+    results: dict[str, Any] = {}
+    stages: dict[str, Any] = {}
+    disk: dict[str, Any] = {}
     for load in loads:
         quiet.append(stillness())
         with tempfile.TemporaryDirectory(
             prefix=".bench-path-", dir=directory or Path.cwd()
         ) as place:
-            sent, rows = _measure(Path(place), LOADS[load], events + warm_up, seed)
+            sent, rows, syncs = _measure(
+                Path(place), LOADS[load], events + warm_up, seed
+            )
             on_disk = _orders_on_disk(Path(place))
         results[load] = {
             name: _figures(sent[number], rows[number], warm_up)
             for number, name in enumerate(CONTENDERS)
         }
         results[load]["nightdesk"]["orders_on_disk"] = on_disk
+        disk[load] = figures(syncs)
         stages[load] = _stages(sent[0], rows[0], warm_up)
     return {
         "benchmark": "path",
@@ -85,6 +93,7 @@ def run(
         "unit": "us",
         "loads": results,
         "stages_us": stages,
+        "disk_us": disk,
         "bars": _bars(results),
         "stillness": quiet,
         "machine": machine(),
@@ -142,6 +151,20 @@ def render(result: dict[str, Any]) -> str:
         for what, f in (("left", each["left_us"]), ("at venue", each["arrived_us"]))
         if f["n"]
     ]
+    rows += [
+        (
+            load,
+            "disk alone",
+            "fdatasync",
+            f["n"],
+            f["p50"],
+            f["p99"],
+            f["p99.9"],
+            f["max"],
+        )
+        for load, f in result["disk_us"].items()
+        if f["n"]
+    ]
     stages = [
         (load, name, value)
         for load, spans in result["stages_us"].items()
@@ -179,8 +202,8 @@ def _verdict(bar: dict[str, Any]) -> str:
 
 def _measure(
     place: Path, chores: int, events: int, seed: int
-) -> tuple[list[dict[int, int]], list[dict[int, Row]]]:
-    """Return, per contender, when each event was sent, and the row of the order that it caused."""
+) -> tuple[list[dict[int, int]], list[dict[int, Row]], list[float]]:
+    """Return, per contender, when each event was sent and the row of its order; and what the disk took alone."""
     with ExitStack() as processes:
 
         def spawn(*arguments: object) -> int:
@@ -199,12 +222,12 @@ def _measure(
 
         venue = spawn("venue")
         ports = [spawn(name, place, venue, chores) for name in CONTENDERS]
-        sent = _send(ports, events, seed)
+        sent, syncs = _send(ports, events, seed, place / "disk")
         time.sleep(_SETTLE_S)
         rows: list[dict[int, Row]] = [{} for _ in CONTENDERS]
         for row in _fetch(venue):
             rows[row.sender][row.number] = row
-    return sent, rows
+    return sent, rows, syncs
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
@@ -214,15 +237,19 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         process.stdout.close()
 
 
-def _send(ports: list[int], events: int, seed: int) -> list[dict[int, int]]:
-    """Post every event to each of `ports` in turn; return when."""
+def _send(
+    ports: list[int], events: int, seed: int, path: Path
+) -> tuple[list[dict[int, int]], list[float]]:
+    """Post every event to each of `ports` in turn; return when, and the microseconds of syncs in between."""
     rng = random.Random(seed)
+    syncs: list[float] = []
     sent: list[dict[int, int]] = [{} for _ in ports]
     with ExitStack() as stack:
         lines = [
             stack.enter_context(socket.create_connection(("127.0.0.1", port)))
             for port in ports
         ]
+        file = stack.enter_context(path.open("wb", buffering=0))
         for line in lines:
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         time.sleep(_SETTLE_S)
@@ -236,7 +263,13 @@ def _send(ports: list[int], events: int, seed: int) -> list[dict[int, int]]:
                 _drain(line)
                 stamps[number] = time.monotonic_ns()
                 line.sendall(post)
-    return sent
+            if number % _DISK_EVERY == 0:
+                time.sleep(_SPACING_S[1])
+                before = time.perf_counter()
+                file.write(bytes(4096))
+                os.fdatasync(file.fileno())
+                syncs.append((time.perf_counter() - before) * 1e6)
+    return sent, syncs
 
 
 def _drain(line: socket.socket) -> None:

@@ -19,10 +19,11 @@ from typing import Any, cast
 import msgspec
 
 from nightdesk.abc import Clock, Source
-from nightdesk.errors import NightdeskError, OutcomeUnknownError, VenueRejectedError
+from nightdesk.errors import OutcomeUnknownError, VenueRejectedError
 from nightdesk.model.events import Event, OrderEvent, QuoteChanged
 from nightdesk.model.order import Order
 from nightdesk.venues._wire import (
+    MAX_FRAME,
     PAGE,
     AnyEvent,
     Call,
@@ -161,8 +162,9 @@ class PaperServer:
             )
         except OutcomeUnknownError as error:
             return Reply(id=call.id, failure=Failure("unknown", "", error.reason))
-        except (NightdeskError, ValueError, msgspec.MsgspecError) as error:
-            return Reply(id=call.id, failure=Failure("failed", "", str(error)))
+        except Exception as error:  # silence would cost the client its whole patience
+            reason = str(error) or type(error).__name__
+            return Reply(id=call.id, failure=Failure("failed", "", reason))
 
     # Verbs -----------------------------------------------------------------------------------------
 
@@ -332,8 +334,12 @@ class _Client:
     def _push(self, events: list[Event]) -> bytes:
         if not events:
             return b""
-        lost, self._lost = self._lost, 0
-        return encode(Push(events=cast(list[AnyEvent], events), lost=lost))
+        frame = encode(Push(events=cast(list[AnyEvent], events), lost=self._lost))
+        if len(frame) > MAX_FRAME and len(events) > 1:  # whole books, and many
+            half = len(events) // 2
+            return self._push(events[:half]) + self._push(events[half:])
+        self._lost = 0
+        return frame
 
 
 def _body(call: Call, kind: Any) -> Any:

@@ -144,6 +144,8 @@ def adjustments(changes: Mapping[str, Any]) -> dict[str, Any]:
                 found["schedule"] = Schedule(every_s=seconds)
             elif key == "timeout":
                 found["timeout_s"] = convert(value, float, "timeout_s")
+                if found["timeout_s"] <= 0:
+                    raise ValueError("more than 0")
             elif key == "priority":
                 found["priority"] = Priority.parse(value)
             else:

@@ -160,7 +160,7 @@ def _is_sane(result: Any, key: str) -> bool:
         return False
     number = Decimal(result)
     if not number.is_finite() or not (
-        not number or 1 / _LARGEST < abs(number) < _LARGEST
+        not number or 1 / _LARGEST < number.copy_abs() < _LARGEST
     ):
         return False
     return 0 <= result <= _MOST_SECONDS or not key.endswith("_s")
